@@ -1,0 +1,483 @@
+"""GraFx: the token, the question about a task, the download. Knows nothing of the queue.
+
+Facts about GraFx are from CHILI's documentation (github.com/chili-publish/grafx-documentation,
+August 2026), its workshop "Building a template store", section 14, and RFCs where one is named.
+Where those are silent, the code holds either way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import functools
+import json
+import logging
+import os
+import re
+import socket
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import HTTPError, MaxRetryError
+
+AUDIENCE = "https://chiligrafx.com"
+TIMEOUT = (10.0, 30.0)  # seconds: to connect, and between two pieces of an answer
+ANSWER_TIME = 60.0  # seconds for a whole small answer, and for each PIECE of a file
+PIECE = 64 * 1024  # bytes; with ANSWER_TIME: slower than 1 KiB/s counts as stuck
+ANSWER_SIZE = 1024 * 1024  # bytes of an answer that is not a file; GraFx's are below 10 kB
+LONGEST_PAUSE = 300.0  # seconds: the most that a Retry-After is obeyed
+TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
+REDIRECTS = 5
+
+# extension: Content-Types, and what the file begins with (mp4: from its fifth byte)
+FORMATS = {
+    "png": (("image/png",), (b"\x89PNG\r\n\x1a\n",)),
+    "jpg": (("image/jpeg", "image/jpg"), (b"\xff\xd8\xff",)),
+    "pdf": (("application/pdf",), (b"%PDF-",)),
+    "gif": (("image/gif",), (b"GIF87a", b"GIF89a")),
+    "mp4": (("video/mp4",), (b"ftyp",)),
+    "zip": (("application/zip", "application/x-zip-compressed"), (b"PK\x03\x04", b"PK\x05\x06")),
+}
+NO_TYPE = ("", "application/octet-stream", "binary/octet-stream")
+PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
+
+log = logging.getLogger("chili")
+Progress = Callable[[int, "int | None"], None]  # bytes so far, bytes in all where GraFx says so
+
+
+class OrderFailed(Exception):
+    """The answer speaks of this order: GraFx could not render it, does not know it, lost it.
+
+    status: the HTTP status. final: no use to ask again, whereas all else may be a passing fault.
+    """
+
+    def __init__(self, message: str, status: int | None = None, final: bool = False) -> None:
+        super().__init__(message)
+        self.status, self.final = status, final
+
+
+class AskAgainLater(Exception):
+    """Not the order's fault.
+
+    shared: it stands in every order's way. pause: seconds that GraFx wants to be left alone.
+    """
+
+    def __init__(self, message: str, shared: bool = False, pause: float | None = None) -> None:
+        super().__init__(message)
+        self.shared, self.pause = shared, pause
+
+
+class CredentialsRefused(AskAgainLater):
+    """The token endpoint does not take SERVER_ID and SERVER_SECRET."""
+
+
+# --- one request -----------------------------------------------------------------------------
+
+
+class Connections(HTTPAdapter):
+    """Kept-alive connections for `size` threads, each with a time by which its answer must be in.
+
+    A read timeout bounds one `recv`; an answer that trickles passes it for ever, and holds its
+    thread. So the socket is kept at hand here, and another thread calls `cut`.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(pool_maxsize=size)
+        self._reading: dict[int, tuple[float, socket.socket]] = {}  # thread: (monotonic, its socket)
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+        if "ConnectionCls" not in vars(pool):  # still urllib3's own
+
+            class Connection(pool.ConnectionCls):  # type: ignore[misc]
+                def getresponse(self, *args: Any, **kwargs: Any) -> Any:
+                    connections.expect(self.sock)
+                    return super().getresponse(*args, **kwargs)
+
+            connections = self
+            pool.ConnectionCls = Connection
+        return pool
+
+    def expect(self, sock: socket.socket | None = None) -> None:
+        """This thread now waits for the next piece of its answer, from `sock` or the last one."""
+        thread = threading.get_ident()
+        with contextlib.suppress(KeyError):
+            self._reading[thread] = (time.monotonic() + ANSWER_TIME, sock or self._reading[thread][1])
+
+    def cut(self, everything: bool = False) -> None:
+        """End the answers that are overdue, or all; their threads go on with an AskAgainLater."""
+        for deadline, sock in list(self._reading.values()):
+            if everything or time.monotonic() > deadline:
+                with contextlib.suppress(OSError, TypeError):
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)  # below TLS: no waiting for a goodbye
+
+    def done(self) -> None:
+        """This thread waits for no answer now."""
+        self._reading.pop(threading.get_ident(), None)
+
+
+@functools.lru_cache(maxsize=64)
+def _environment(origin: tuple[str, str, int]) -> dict[str, Any]:
+    """Proxies and REQUESTS_CA_BUNDLE for a server, as requests finds them in the environment."""
+    scheme, host, port = origin
+    url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
+    found = requests.Session().merge_environment_settings(url, {}, True, None, None)
+    return {"proxies": found["proxies"], "verify": found["verify"]}
+
+
+def origin(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port. Raises ValueError for what is no http or https address."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("no http address")
+    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _send(
+    http: Connections, method: str, url: str, headers: dict[str, str], body: Any = None, shared: bool = False
+) -> requests.Response:
+    """One request, its answer's body unread. Raises AskAgainLater.
+
+    A `Session` is done without: it would let ~/.netrc replace the token, carry cookies from
+    one order to the next, and read a redirect's body whatever its size.
+    """
+    headers |= {"User-Agent": "grafx-poller", "Accept-Encoding": "identity"}
+    began = time.monotonic()
+    plain = url.partition("?")[0]  # a signed link's signature is a secret, too
+    try:
+        request = requests.Request(method, url, headers, json=body).prepare()
+        response = http.send(request, stream=True, timeout=TIMEOUT, **_environment(origin(url)))
+    except (requests.RequestException, HTTPError, HTTPException, OSError) as error:
+        reached = not isinstance(error.args[0] if error.args else None, MaxRetryError)
+        message = f"{urlsplit(url).hostname}: {_reason(error)}"
+        log.debug("%s %s: %s", method, plain, message)
+        http.done()
+        raise AskAgainLater(message, shared and not reached) from None
+    log.debug("%s %s: %d, %.0f ms", method, plain, response.status_code, (time.monotonic() - began) * 1000)
+    return response
+
+
+def _reason(error: BaseException) -> str:
+    """What the innermost cause says: "Connection refused", without addresses, which may be secret."""
+    inner: BaseException | None = error
+    while inner:
+        error = inner
+        causes = (*error.args, getattr(error, "reason", None), error.__cause__)
+        inner = next((cause for cause in causes if isinstance(cause, BaseException)), None)
+    text = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error)
+    return " ".join(str(text).split()) or type(error).__name__
+
+
+def _pieces(http: Connections, response: requests.Response) -> Iterator[bytes]:
+    """The body, each piece at most PIECE bytes. Raises AskAgainLater where it does not come whole."""
+    unzip = None
+    if response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip"):
+        unzip = zlib.decompressobj(wbits=31)  # nobody asked for it, but some gateways do it anyway
+    try:
+        since = 0
+        for piece in response.raw.stream(PIECE, decode_content=False):
+            since += len(piece)
+            if since >= PIECE:  # a chunk may be a single byte, and no reason for more patience
+                http.expect()
+                since = 0
+            while piece and unzip:
+                yield unzip.decompress(piece, PIECE)
+                piece = unzip.unconsumed_tail
+            if piece:
+                yield piece
+        if unzip and not unzip.eof:
+            raise HTTPException("the gzip stream ends in the middle")
+    except (HTTPError, HTTPException, OSError, zlib.error) as error:
+        raise AskAgainLater(f"the answer broke off: {_reason(error)}") from None
+    finally:
+        response.close()
+        http.done()
+
+
+def _body(http: Connections, response: requests.Response) -> Any:
+    """A small answer's JSON; None for none, for other text and for more than ANSWER_SIZE."""
+    body = bytearray()
+    for piece in _pieces(http, response):
+        body += piece
+        if len(body) > ANSWER_SIZE:
+            return None
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _retry_after(response: requests.Response) -> float | None:
+    """Seconds, from either form of RFC 9110, section 10.2.3; None where there is no sense in it."""
+    value = response.headers.get("Retry-After", "").strip()
+    try:
+        seconds = (
+            float(value)
+            if value.isdigit()
+            else (email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        )
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), LONGEST_PAUSE)
+
+
+def _status(response: requests.Response) -> str:
+    try:
+        return f"{response.status_code} {HTTPStatus(response.status_code).phrase}"
+    except ValueError:
+        return str(response.status_code)
+
+
+# --- the token -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Token:
+    value: str = field(repr=False)
+    renew: float  # monotonic seconds
+
+
+class DangerousToken:
+    """The workshop's "dangerous" token: whoever has it can do what the integration can.
+
+    Kept in memory only, shared by all threads, renewed by itself.
+    """
+
+    def __init__(self, token_url: str, client_id: str, client_secret: str) -> None:
+        self._url, self._id, self._secret = token_url, client_id, client_secret
+        self._lock = threading.Lock()
+        self._token: _Token | None = None
+        self._error: tuple[float, AskAgainLater] | None = None
+        self._issued: deque[str] = deque(maxlen=16)  # what scrub knows
+
+    def get(self, http: Connections, refused: _Token | None = None) -> _Token:
+        """The token, fetched where there is none, where its end is near, or where it was `refused`.
+
+        Raises CredentialsRefused, AskAgainLater.
+        """
+        began = time.monotonic()
+        with self._lock:
+            if self._error and began < self._error[0]:
+                raise self._error[1]  # another thread's try failed while this one waited for its turn
+            token = self._token
+            # By identity: the endpoint caches, so that a new fetch may bring the same text again.
+            if token is None or token is refused or time.monotonic() >= token.renew:
+                try:
+                    token = self._token = self._fetch(http)
+                except AskAgainLater as error:
+                    self._error = (time.monotonic(), error)
+                    raise
+            return token
+
+    def scrub(self, text: str) -> str:
+        """`text` without token and secret, which a server may echo."""
+        for secret in (self._secret, *self._issued):
+            text = text.replace(secret, "[secret]")
+        return text
+
+    def _fetch(self, http: Connections) -> _Token:
+        form = {"grant_type": "client_credentials", "audience": AUDIENCE}
+        form |= {"client_id": self._id, "client_secret": self._secret}
+        response = _send(http, "POST", self._url, {"Accept": "application/json"}, form, shared=True)
+        try:
+            answer = _body(http, response)
+        except AskAgainLater as error:
+            raise AskAgainLater(f"no token: {error}", shared=True) from None
+        answer = answer if isinstance(answer, dict) else {}
+        if response.status_code in (400, 401, 403):  # RFC 6749, section 5.2
+            said = _one_line(answer.get("error_description") or answer.get("error") or "", self)
+            raise CredentialsRefused(
+                f"{self._url} refuses SERVER_ID and SERVER_SECRET: {_status(response)} {said}".rstrip(),
+                shared=True,
+                pause=_retry_after(response),
+            )
+        value, lasts = str(answer.get("access_token") or ""), answer.get("expires_in")
+        # RFC 6750, section 2.1. Anything else in a header would end up in an exception's text.
+        if response.status_code != 200 or not re.fullmatch(r"[\x21-\x7e]+", value):
+            said = _status(response) + " without one" * (response.status_code == 200)
+            raise AskAgainLater(
+                f"no token: {self._url} answered {said}", shared=True, pause=_retry_after(response)
+            )
+        if not isinstance(lasts, (int, float)) or not 0 < lasts < 1e9:
+            lasts = 3600  # where it ends earlier, a 401 tells
+        self._issued.append(value)
+        return _Token(value, time.monotonic() + lasts - min(TOKEN_MARGIN, lasts / 2))
+
+
+# --- the order -------------------------------------------------------------------------------
+
+
+def order_done(
+    task_id: str,
+    base_url: str,
+    environment: str,
+    token: DangerousToken,
+    http: Connections,
+    orders_dir: Path,
+    progress: Progress = lambda done, total: None,
+) -> bool:
+    """Ask about a task; where it is finished, bring its file to `<orders_dir>/<task_id>.<ext>`.
+
+    Returns True once the file is whole and on the disk, False while GraFx answers 204.
+    Raises OrderFailed, AskAgainLater.
+    """
+    if find_file(orders_dir, task_id):
+        # Left by a process that was killed before its caller could note it: whole, since it has its
+        # final name, but perhaps not yet for ever.
+        _sync_folder(orders_dir)
+        return True
+    root = f"{base_url}/grafx/api/v1/environment/{quote(environment, safe='')}"
+    response = _get(http, f"{root}/output/tasks/{task_id}", base_url, token, "application/json")
+    answer = _body(http, response)
+    if response.status_code == 204:
+        return False
+    if response.status_code != 200:
+        raise _trouble(response, answer, token)
+    try:
+        link: str = answer["links"]["download"]
+        origin(link)
+        requests.Request("GET", link).prepare()
+    except (LookupError, ValueError, AttributeError, TypeError):
+        raise OrderFailed("GraFx says finished, but gives no download link", 200) from None
+    response = _get(http, link, base_url, token, "*/*")
+    if response.status_code == 410:
+        _body(http, response)
+        raise OrderFailed("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
+    if response.status_code != 200:
+        raise _trouble(response, _body(http, response), token, "the download: ")
+    _save(http, response, orders_dir, task_id, progress)
+    return True
+
+
+def _get(http: Connections, url: str, base_url: str, token: DangerousToken, accept: str) -> requests.Response:
+    """GET, redirects followed; the token goes along to `base_url`'s own server and nowhere else.
+
+    Raises AskAgainLater.
+    """
+    home, refused = origin(base_url), None
+    for _ in range(REDIRECTS + 2):
+        headers = {"Accept": accept}
+        try:
+            where = origin(url)
+        except ValueError:
+            raise AskAgainLater("redirected to what is no http address") from None
+        if home[0] == "https" and where[:2] == ("http", home[1]) and where[2] in (80, home[2]):
+            where = home  # a server behind a TLS proxy may not know that it is one
+        if where == home:
+            url = urlsplit(url)._replace(scheme=home[0], netloc=urlsplit(base_url).netloc).geturl()
+            current = token.get(http, refused)
+            headers["Authorization"] = f"Bearer {current.value}"
+        response = _send(http, "GET", url, headers, shared=where == home)
+        if response.status_code == 401 and where == home:
+            _body(http, response)
+            if refused:
+                raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared=True)
+            refused = current
+        elif response.is_redirect:
+            _body(http, response)
+            url = urljoin(url, response.headers["Location"])
+        else:
+            return response
+    raise AskAgainLater("redirected in circles")
+
+
+def _trouble(
+    response: requests.Response, answer: Any, token: DangerousToken, what: str = ""
+) -> OrderFailed | AskAgainLater:
+    """What an answer that is neither 200 nor 204 means, in one line."""
+    status, problem = response.status_code, answer if isinstance(answer, dict) else {}
+    said = ": ".join(_one_line(problem[key], token) for key in ("title", "detail") if problem.get(key))
+    message = what + (said or f"GraFx answered {_status(response)}")
+    if (status == 500 and said) or (400 <= status < 500 and status not in (407, 408, 425, 429)):
+        return OrderFailed(message, status)
+    return AskAgainLater(f"{what}GraFx answered {_status(response)}", pause=_retry_after(response))
+
+
+def _one_line(said: Any, token: DangerousToken) -> str:
+    """A server's words, fit for a log: one line, no control characters, no secret, not too long."""
+    text = "".join(char if char.isprintable() else " " for char in token.scrub(str(said)))
+    return " ".join(text.split())[:500]
+
+
+# --- the file --------------------------------------------------------------------------------
+
+
+def find_file(orders_dir: Path, task_id: str) -> Path | None:
+    """The file of a task where it has been delivered."""
+    for extension in (*FORMATS, "bin"):
+        path = orders_dir / f"{task_id}.{extension}"
+        if path.is_file():
+            return path
+    return None
+
+
+def remove_leftovers(orders_dir: Path) -> None:
+    """Remove what a killed process left half written. Raises OSError."""
+    for path in orders_dir.glob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+def _save(
+    http: Connections, response: requests.Response, orders_dir: Path, task_id: str, progress: Progress
+) -> None:
+    """Stream the body to its place. Raises OrderFailed, AskAgainLater; then nothing is left of it."""
+    if response.raw.length_remaining is None and not response.raw.chunked:
+        response.close()
+        raise AskAgainLater("the download has neither a length nor an end that shows it is whole")
+    total = response.raw.length_remaining
+    temp = orders_dir / f".{task_id}.part"
+    size, first, last = 0, b"", b""
+    try:
+        # The order of these steps is the promise: nothing has its final name before it is whole and
+        # on the disk, and the caller forgets the order only after the name is on the disk as well.
+        with temp.open("wb") as file:
+            for piece in _pieces(http, response):
+                file.write(piece)
+                size, first, last = size + len(piece), (first + piece)[:16], (last + piece)[-len(PNG_END) :]
+                progress(size, total)
+            extension = _extension(response.headers.get("Content-Type", ""), first, last)
+            file.flush()
+            os.fsync(file.fileno())
+        temp.replace(orders_dir / f"{task_id}.{extension}")
+        _sync_folder(orders_dir)
+    except OSError as error:
+        raise AskAgainLater(f"cannot write to {orders_dir}: {error.strerror}", shared=True) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temp.unlink()
+
+
+def _extension(content_type: str, first: bytes, last: bytes) -> str:
+    """The extension by type and first bytes. Raises OrderFailed where the file is not what it says."""
+    content_type = content_type.partition(";")[0].strip().lower()
+    starts = (first, first[4:])
+    looks = next((ext for ext, (_, magic) in FORMATS.items() if starts[ext == "mp4"].startswith(magic)), "")
+    says = next((ext for ext, (types, _) in FORMATS.items() if content_type in types), "")
+    if not first:
+        raise OrderFailed("the file is empty", 200)
+    if content_type not in NO_TYPE and not (says and says == looks):
+        raise OrderFailed(f"the file says {content_type} but is {looks or 'something else'}", 200)
+    if not looks and first.lstrip()[:1] in (b"<", b"{"):
+        raise OrderFailed("the file is an error page or other text", 200)
+    if looks == "png" and last != PNG_END:
+        raise OrderFailed("the PNG has no end", 200)
+    return looks or "bin"
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
