@@ -52,7 +52,7 @@ class Home:
 
     def wait_for(self, *task_ids: str, **fields: Any) -> None:
         """Write orders in the poller's own shape."""
-        self.write({"orders": {task_id: fields for task_id in task_ids}, "failed": {}})
+        self.write({"orders": dict.fromkeys(task_ids, fields), "failed": {}})
 
     def read(self) -> Any:
         return json.loads(self.database.read_text())
