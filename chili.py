@@ -21,8 +21,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http import HTTPStatus
-from http.client import HTTPException
+from http.client import HTTPException, responses
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -160,10 +159,11 @@ def _send(
         response = http.send(request, stream=True, timeout=TIMEOUT, **_environment(origin(url)))
     except (requests.RequestException, HTTPError, HTTPException, OSError) as error:
         reached = not isinstance(error.args[0] if error.args else None, MaxRetryError)
-        message = f"{urlsplit(url).hostname}: {_reason(error)}"
+        shared = shared and not reached
+        message = f"{'GraFx unreachable: ' * shared}{urlsplit(url).hostname}: {_reason(error)}"
         log.debug("%s %s: %s", method, plain, message)
         http.done()
-        raise AskAgainLater(message, shared and not reached) from None
+        raise AskAgainLater(message, shared) from None
     log.debug("%s %s: %d, %.0f ms", method, plain, response.status_code, (time.monotonic() - began) * 1000)
     return response
 
@@ -233,10 +233,7 @@ def _retry_after(response: requests.Response) -> float | None:
 
 
 def _status(response: requests.Response) -> str:
-    try:
-        return f"{response.status_code} {HTTPStatus(response.status_code).phrase}"
-    except ValueError:
-        return str(response.status_code)
+    return f"{response.status_code} {responses.get(response.status_code, '')}".strip()
 
 
 # --- the token -------------------------------------------------------------------------------
@@ -296,7 +293,7 @@ class DangerousToken:
             raise AskAgainLater(f"no token: {error}", shared=True) from None
         answer = answer if isinstance(answer, dict) else {}
         if response.status_code in (400, 401, 403):  # RFC 6749, section 5.2
-            said = _one_line(answer.get("error_description") or answer.get("error") or "", self)
+            said = one_line(answer.get("error_description") or answer.get("error") or "", self)
             raise CredentialsRefused(
                 f"{self._url} refuses SERVER_ID and SERVER_SECRET: {_status(response)} {said}".rstrip(),
                 shared=True,
@@ -397,14 +394,14 @@ def _trouble(
 ) -> OrderFailed | AskAgainLater:
     """What an answer that is neither 200 nor 204 means, in one line."""
     status, problem = response.status_code, answer if isinstance(answer, dict) else {}
-    said = ": ".join(_one_line(problem[key], token) for key in ("title", "detail") if problem.get(key))
+    said = ": ".join(one_line(problem[key], token) for key in ("title", "detail") if problem.get(key))
     message = what + (said or f"GraFx answered {_status(response)}")
     if (status == 500 and said) or (400 <= status < 500 and status not in (407, 408, 425, 429)):
         return OrderFailed(message, status)
     return AskAgainLater(f"{what}GraFx answered {_status(response)}", pause=_retry_after(response))
 
 
-def _one_line(said: Any, token: DangerousToken) -> str:
+def one_line(said: Any, token: DangerousToken) -> str:
     """A server's words, fit for a log: one line, no control characters, no secret, not too long."""
     text = "".join(char if char.isprintable() else " " for char in token.scrub(str(said)))
     return " ".join(text.split())[:500]
@@ -415,11 +412,9 @@ def _one_line(said: Any, token: DangerousToken) -> str:
 
 def find_file(orders_dir: Path, task_id: str) -> Path | None:
     """The file of a task where it has been delivered."""
-    for extension in (*FORMATS, "bin"):
-        path = orders_dir / f"{task_id}.{extension}"
-        if path.is_file():
-            return path
-    return None
+    stem = f"{orders_dir}/{task_id}."  # as text, since pathlib takes ten times as long
+    found = next((ext for ext in (*FORMATS, "bin") if os.path.isfile(stem + ext)), None)  # noqa: PTH113
+    return Path(stem + found) if found else None
 
 
 def remove_leftovers(orders_dir: Path) -> None:

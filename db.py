@@ -246,17 +246,23 @@ def lock(path: Path, name: str, patience: float) -> TextIO:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.truncate(0)
-                print(os.getpid(), file=file, flush=True)
+                take_note(file, "")
                 return file
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     file.seek(0)
-                    holder = file.read(20).strip() or "unknown"
+                    holder = file.readline().partition(" ")[0].strip() or "unknown"
                     raise DatabaseError(f"{place} is held by process {holder}") from None
             time.sleep(0.01)
     except OSError as error:
         raise DatabaseError(f"cannot lock {place}: {error.strerror}. {MEND}") from None
+
+
+def take_note(lock: TextIO, note: str) -> None:
+    """Write into a held lock whose it is, and the poller's note for `db.py list`."""
+    with contextlib.suppress(OSError):  # it is for people; the lock itself is the kernel's
+        lock.truncate(0)
+        print(os.getpid(), note, file=lock, flush=True)
 
 
 def _change(path: Path | None, edit: Callable[[Store], bool], patience: float = 10) -> Store:

@@ -1,6 +1,6 @@
 """Fetch the files of finished GraFx orders: from `database.json` to `./orders`.
 
-    python poller.py             ask about every order, deliver, and keep on until SIGTERM or Ctrl-C
+    python poller.py             ask about every order, deliver, and go on until SIGTERM or Ctrl-C
     python poller.py --once      ask about each order once, for cron
     python poller.py --check     try settings, database, folder and token
 
@@ -14,18 +14,22 @@ import contextlib
 import heapq
 import ipaddress
 import logging
-import math
 import os
 import queue
 import re
+import shlex
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import chili
@@ -34,10 +38,15 @@ import db
 EX_CONFIG = 78  # sysexits.h: "configuration error"
 SHORTEST_PAUSE = 2.0  # seconds between two questions about one order; CHILI's own client takes 2
 FAILURES = 3  # answers in a row that speak of a failed order before it counts as one
-PROGRESS = 10.0  # seconds between two log lines about one download
 LOOK = 1.0  # seconds between two looks at whether database.json changed
+PROGRESS = 10.0  # seconds between two log lines about one download
+UNHANDED = 3600.0  # seconds a file may wait for ON_DONE before everybody is told
+SECRETS = ("SERVER_ID", "SERVER_SECRET", "SERVER_SECRET_FILE", "FRONT_ID", "FRONT_SECRET")
 
 log = logging.getLogger("poller")
+
+
+# --- settings --------------------------------------------------------------------------------
 
 
 class SettingsError(Exception):
@@ -57,57 +66,84 @@ class Settings:
     concurrency: int
     database: Path
     orders_dir: Path
+    on_done: list[str]
+    on_done_timeout: float
 
 
 def load_settings() -> Settings:
-    """Raises SettingsError with one line for each thing that is wrong."""
-    wrong: list[str] = []
+    """Raises SettingsError with all that is wrong."""
     try:
         given = db.settings()
     except db.DatabaseError as error:
         raise SettingsError(str(error)) from None
+    wrong: list[str] = []
 
-    def required(name: str, mend: str) -> str:
-        if not given.get(name):
-            wrong.append(f"{name} is missing: {mend}, in .env or the environment")
+    def required(name: str, what: str) -> str:
+        if name not in given:
+            wrong.append(f"{name} is missing: put {what} into .env or the environment")
         return given.get(name, "")
 
     def address(name: str, url: str) -> str:
-        parts = urlsplit(url)
-        host = parts.hostname or ""
         try:
-            loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+            scheme, host, _ = chili.origin(url)
+            if urlsplit(url).query or urlsplit(url).username is not None:
+                raise ValueError
+            if scheme == "http" and not is_loopback(host):
+                wrong.append(
+                    f"{name} must begin with https://, else the token crosses the network in the clear"
+                )
         except ValueError:
-            loopback = False
-        if url and (parts.scheme not in ("http", "https") or not host or parts.username or parts.query):
-            wrong.append(f"{name} is no web address: write https://HOST")
-        elif parts.scheme == "http" and not loopback:
-            wrong.append(f"{name} must begin with https://, or the token crosses the network in the clear")
+            wrong.extend([f"{name} is no web address: write it as https://HOST"] * bool(url))
         return url.rstrip("/")
 
-    def number(name: str, default: float, least: float, most: float, whole: bool = False) -> float:
-        text = given.get(name, str(default))
+    def number(
+        name: str, default: str, least: float, most: float, kind: Callable[[str], float] = float
+    ) -> Any:
+        with contextlib.suppress(ValueError):
+            value = kind(given.get(name, default))
+            if least <= value <= most:
+                return value
+        wrong.append(f"{name} is {given[name]!r}: write a number from {least:g} to {most:g}")
+        return kind(default)
+
+    def secret() -> str:
+        if "SERVER_SECRET_FILE" not in given:
+            return required("SERVER_SECRET", "the integration's client secret")
+        if "SERVER_SECRET" in given:
+            wrong.append("SERVER_SECRET and SERVER_SECRET_FILE are both set: remove one of them")
         try:
-            value = float(int(text) if whole else float(text))
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most:
-            wrong.append(f"{name} is {text}: write a {'whole ' * whole}number from {least:g} to {most:g}")
-        return value
+            text = (db.HERE / given["SERVER_SECRET_FILE"]).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            wrong.append(f"SERVER_SECRET_FILE: {error}: name a file that holds the secret and can be read")
+            return ""
+        if not text:
+            wrong.append("SERVER_SECRET_FILE is empty: put the integration's client secret into it")
+        return text
+
+    def command() -> list[str]:
+        try:
+            words = shlex.split(given.get("ON_DONE", ""))
+        except ValueError as error:
+            wrong.append(f"ON_DONE cannot be split into words ({error}): close its quotes")
+            return []
+        if words and not shutil.which(words[0]):
+            wrong.append(f"ON_DONE: there is no command {words[0]}: install it, or write its whole path")
+        return words
 
     settings = Settings(
-        server_id=required("SERVER_ID", "the client id of the integration"),
-        server_secret=required("SERVER_SECRET", "the client secret of the integration"),
+        server_id=required("SERVER_ID", "the integration's client id"),
+        server_secret=secret(),
         base_url=address("BASEURL", required("BASEURL", "https://ENVIRONMENT.chili-publish.online")),
-        environment=required("ENVIRONMENT", "the environment's name, as in cp-abc-123"),
+        environment=required("ENVIRONMENT", "the environment's name, as in cp-abc-123,"),
         token_url=address(
             "TOKEN_URL", given.get("TOKEN_URL", "https://integration-login.chiligrafx.com/oauth/token")
         ),
-        # An hour at most: GraFx keeps a finished file for 4.
-        poll_interval=number("POLL_INTERVAL", 60, 0.1, 3600),
-        concurrency=int(number("CONCURRENCY", 8, 1, 64, whole=True)),
+        poll_interval=number("POLL_INTERVAL", "60", 0.1, 3600),  # GraFx keeps a file for 4 hours
+        concurrency=number("CONCURRENCY", "8", 1, 64, int),
         database=Path(os.path.realpath(db.default_path())),
         orders_dir=db.HERE / given.get("ORDERS_DIR", "orders"),
+        on_done=command(),
+        on_done_timeout=number("ON_DONE_TIMEOUT", "300", 1, 86400),
     )
     if settings.environment and not re.fullmatch(r"[A-Za-z0-9._-]+", settings.environment):
         wrong.append("ENVIRONMENT is no environment's name: letters, digits, '.', '_' and '-'")
@@ -116,17 +152,15 @@ def load_settings() -> Settings:
     return settings
 
 
-def added(fields: db.Fields) -> float:
-    """When an order was added, in seconds of `time.time()`; now where it does not say."""
-    try:
-        when = datetime.fromisoformat(str(fields.get("added")).replace("Z", "+00:00"))
-    except ValueError:
-        return time.time()
-    return (when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp()
+def is_loopback(host: str) -> bool:
+    """Whether what is sent to `host` stays on this machine."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def prepare_folder(orders_dir: Path) -> None:
-    """Make the folder where it is missing, and see that a file can be written. Raises OSError."""
+    """Make the folder where it is missing, and see that a file can be made. Raises OSError."""
     orders_dir.mkdir(exist_ok=True)
     trial = orders_dir / ".trial.part"
     trial.touch()
@@ -136,15 +170,23 @@ def prepare_folder(orders_dir: Path) -> None:
 # --- what a person sees ----------------------------------------------------------------------
 
 
-class Screen(logging.StreamHandler):  # type: ignore[type-arg]
-    """The log on stderr; in a terminal with one live line below it."""
-
-    line = ""
+class Screen(logging.StreamHandler[TextIO]):
+    """The log on stderr: in a terminal with a live line below it, under systemd as the journal likes it."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
-        self.terminal = sys.stderr.isatty()
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.terminal, self.line = sys.stderr.isatty(), ""
+        stat = os.fstat(2)  # systemd.exec(5): so one knows that stderr is the journal itself
+        self.journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+        stamp = "" if self.journal else "%(asctime)s %(levelname)-7s "
+        self.setFormatter(logging.Formatter(stamp + "%(message)s", "%Y-%m-%d %H:%M:%S"))
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if self.journal:  # sd-daemon(3): a level for each line, or a traceback would lose it
+            level = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
+            text = "\n".join(f"<{level}>{line}" for line in text.splitlines())
+        return text
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.line
@@ -156,10 +198,20 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]
         """Put `line` in the place of the live line."""
         line = line[: shutil.get_terminal_size().columns - 1]
         if self.terminal and line != self.line:
-            with self.lock or threading.RLock():
+            with contextlib.suppress(OSError):
                 self.stream.write("\r\x1b[K" + line)
-                self.flush()
-        self.line = line
+                self.stream.flush()
+            self.line = line
+
+
+def notify(state: str) -> None:
+    """Tell systemd, where it asked to be told: a datagram to $NOTIFY_SOCKET, see sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        sock.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
 
 
 def human(size: float) -> str:
@@ -174,36 +226,50 @@ def human(size: float) -> str:
 # --- the loop --------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Order:
     """A waiting order, as long as this process knows it. Times are monotonic seconds."""
 
     task_id: str
     project: str
     born: float  # by its `added`, else when it was first seen
-    due: float
+    due: float = 0.0
     questions: int = 0
     failures: int = 0  # answers in a row that speak of a failed order
     troubles: int = 0  # in a row: it could not be asked
     trouble: str = ""  # what it waits on, as logged
+    unhanded: float = 0.0  # `time.time()` of its file, while ON_DONE did not take it
     size: int = 0  # bytes of its file that are here
     total: int | None = None
-    logged: float = 0.0  # when its progress was, or it was asked about
+    logged: float = 0.0  # when it was asked about, or its progress was logged
 
     def progress(self, size: int, total: int | None) -> None:
-        """Called by the download for each piece."""
+        """The download calls this for each piece."""
         self.size, self.total = size, total
 
-    def share(self) -> str:
-        """How much of its file is here: "45% of 7.6 MB"."""
+    def __str__(self) -> str:
         return f"{100 * self.size // self.total}% of {human(self.total)}" if self.total else human(self.size)
+
+
+def new_order(task_id: str, fields: db.Fields) -> Order:
+    """An order as the file has it."""
+    age = 0.0
+    with contextlib.suppress(ValueError, OverflowError):
+        when = datetime.fromisoformat(str(fields.get("added")).replace("Z", "+00:00"))
+        age = time.time() - (when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp()
+    # The age is counted on with the monotonic clock: a clock set back does not stop the questions.
+    return Order(task_id, str(fields.get("projectID") or ""), time.monotonic() - max(0.0, age))
+
+
+class NotHandedOver(chili.AskAgainLater):
+    """The file is here, but ON_DONE did not take it."""
 
 
 class Poller:
     """The settings, the orders known, and those being asked about."""
 
-    def __init__(self, settings: Settings, screen: Screen, once: bool = False) -> None:
-        self.settings, self.screen, self.once = settings, screen, once
+    def __init__(self, settings: Settings, screen: Screen, lock: TextIO, once: bool = False) -> None:
+        self.settings, self.screen, self.lock, self.once = settings, screen, lock, once
         self.token = chili.DangerousToken(settings.token_url, settings.server_id, settings.server_secret)
         self.http = chili.Connections(settings.concurrency)
         self.todo: queue.SimpleQueue[Order] = queue.SimpleQueue()
@@ -211,74 +277,49 @@ class Poller:
         self.orders: dict[str, Order] = {}
         self.due: list[tuple[float, str]] = []  # a heap; an entry that is not its order's `due` is stale
         self.asking: dict[str, Order] = {}
-        self.delivered: set[str] = set()  # not yet written to database.json, as are:
+        self.delivered: set[str] = set()  # these two are not yet written to database.json
         self.failed: dict[str, tuple[int | None, str]] = {}
-        self.written = 0.0
-        self.seen: tuple[int, ...] | None = ()
-        self.look = 0.0
-        self.strange: set[str] = set()  # entries warned about
-        self.complaints: dict[str, str] = {}  # what is wrong with reading or writing database.json
+        self.children: set[subprocess.Popen[str]] = set()  # ON_DONE commands at work
+        self.seen: db.Version | tuple[()] = ()  # the version of database.json that `orders` is from
+        self.strange: set[str] = set()  # its entries that were warned about
+        self.failed_before = 0  # the orders under its "failed"
+        self.complaints: dict[str, str] = {}  # what is wrong with reading it, and with writing it
         self.shared: dict[str, set[str]] = {}  # what stands in every order's way: the orders that met it
-        self.troubles = 0
-        self.paused_until = 0.0
-        self.accepted = False  # the credentials, at least once
-        self.stopping = False
+        self.troubles = 0  # the same in a row, for the growing pauses
+        self.looked = self.written = self.told = self.paused_until = 0.0
+        self.accepted = self.stopping = False  # accepted: GraFx took the credentials, at least once
+        self.since = self.last = self.said = self.noted = ""  # what `tell` tells
         self.exit_code = 0
 
     def run(self) -> int:
-        """Poll until a signal, or for `--once` until each order was asked about; gives the exit code."""
+        """Poll until a signal, with `once` until each order was asked about; gives the exit code."""
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self.on_signal)
         for _ in range(self.settings.concurrency):
             # Daemons: a thread that hangs in a name lookup must not hold up the stop.
             threading.Thread(target=self.work, daemon=True).start()
-        self.orders[""] = Order("", "", time.monotonic(), 0.0)  # no order: whether a token is to be had
+        self.orders[""] = new_order("", {})  # no order, but whether there is a token to be had
         self.again(self.orders[""], 0.0)
         while True:
             self.take_new_orders()
             self.ask_due_orders()
             self.hear_answers()
             self.write_outcomes()
-            self.show()
+            self.tell()
             if self.stopping or (self.once and not self.due and not self.asking):
                 return self.stop()
 
     def on_signal(self, *_: object) -> None:
-        """Set a flag, wake the loop, and nothing else: it may interrupt anything."""
+        """Set a flag, wake the loop, and nothing else: a signal may interrupt anything."""
         self.stopping = True
         self.answers.put(None)
 
-    def work(self) -> None:
-        """A thread: ask about one order after the other."""
-        while not self.stopping:
-            order = self.todo.get()
-            try:
-                answer: bool | Exception = self.ask(order)
-            except Exception as error:  # noqa: BLE001 - the loop looks at what it is
-                answer = error
-            self.answers.put((order, answer))
-
-    def ask(self, order: Order) -> bool:
-        """What GraFx says of the order; see `chili.order_done`."""
-        if not order.task_id:
-            self.token.get(self.http)
-            return True
-        return chili.order_done(
-            order.task_id,
-            self.settings.base_url,
-            self.settings.environment,
-            self.token,
-            self.http,
-            self.settings.orders_dir,
-            order.progress,
-        )
-
     def take_new_orders(self) -> None:
-        """Look at whether database.json changed, and if so which orders came or went."""
+        """See whether database.json changed, and if so which orders came or went."""
         now = time.monotonic()
-        if now < self.look:
+        if now < self.looked + LOOK:
             return
-        self.look = now + LOOK
+        self.looked = now
         try:
             if db.version(self.settings.database) != self.seen:
                 self.take(db.read(self.settings.database, patience=0))
@@ -289,141 +330,163 @@ class Poller:
             self.complain("read", str(error))
 
     def take(self, store: db.Store) -> None:
-        """Know the orders of `store` and no others."""
-        first = self.seen == ()
-        self.seen = store.version
-        if self.once and not first:
+        """Know the orders of `store`, and no others."""
+        again, self.seen = self.seen != (), store.version
+        self.failed_before = len(store.failed)
+        if again and self.once:
             return
         for task_id in self.orders.keys() - store.orders.keys() - {""}:
             self.over(self.orders.pop(task_id))
-        for task_id, fields in store.orders.items():
-            if task_id in self.orders or task_id in self.delivered or task_id in self.failed:
-                continue
-            if task_id in self.asking:  # taken out of the file and put back meanwhile
+        for task_id in store.orders.keys() - self.orders.keys() - self.delivered - self.failed.keys():
+            if task_id in self.asking:  # somebody took it out and put it back
                 self.orders[task_id] = self.asking[task_id]
-                continue
-            age = max(0.0, time.time() - added(fields))
-            order = Order(task_id, str(fields.get("projectID") or ""), time.monotonic() - age, 0.0)
-            self.orders[task_id] = order
-            self.again(order, 0.0)
-        for item in set(store.strange) - self.strange:
-            log.warning(
-                "%s: not a task id, left alone: %s", self.settings.database.name, " ".join(item.split())
-            )
+            else:
+                self.orders[task_id] = new_order(task_id, store.orders[task_id])
+                self.again(self.orders[task_id], 0.0)
+        for item in store.strange:
+            if item not in self.strange:
+                log.warning("%s: not a task id, left alone: %s", self.settings.database, item)
         self.strange = set(store.strange)
 
     def ask_due_orders(self) -> None:
-        """Hand orders whose time has come to the threads, as many as may be asked about at once."""
+        """Give orders whose time has come to the threads, no more than may be asked about at once."""
         now = time.monotonic()
         if now < self.paused_until:
-            if self.once:  # cron comes again
+            if self.once and self.due:  # whoever calls again asks again
                 self.due.clear()
-                self.exit_code = self.exit_code or 1
+                self.exit_code = 1
             return
         while self.due and self.due[0][0] <= now and len(self.asking) < self.settings.concurrency:
             due, task_id = heapq.heappop(self.due)
             order = self.orders.get(task_id)
-            if order is None or order.due != due:
+            if order is None or order.due != due or task_id in self.asking:
                 continue
-            if order.questions == 0 and task_id:
+            if task_id and not order.questions:
                 log.info(
-                    "%s asked about for the first time%s",
-                    task_id,
-                    order.project and f", project {order.project}",
+                    "%s asked about for the first time, project %s", task_id, order.project or "not given"
                 )
             order.questions, order.logged = order.questions + 1, now
             self.asking[task_id] = order
             self.todo.put(order)
 
     def again(self, order: Order, pause: float) -> None:
-        """Re-queue an order; it stays in database.json all the while."""
+        """Re-queue an order; all the while it stays in database.json."""
         order.due = time.monotonic() + pause
         heapq.heappush(self.due, (order.due, order.task_id))
 
+    def work(self) -> None:
+        """A thread: ask about one order after the other."""
+        while not self.stopping:
+            order = self.todo.get()
+            try:
+                answer: bool | Exception = self.ask(order)
+            except Exception as error:  # noqa: BLE001 - `heard` looks at what it is
+                answer = error
+            self.answers.put((order, answer))
+
+    def ask(self, order: Order) -> bool:
+        """What became of the order, as `chili.order_done` tells, and ON_DONE where it is set."""
+        settings = self.settings
+        if not order.task_id:
+            self.token.get(self.http)
+            return True
+        done = chili.order_done(
+            order.task_id, settings.base_url, settings.environment, self.token,
+            self.http, settings.orders_dir, order.progress,
+        )  # fmt: skip
+        if done and settings.on_done:
+            self.hand_over(order)
+        return done
+
     def hear_answers(self) -> None:
-        """Wait for an answer, the next order due, or the next look at the file."""
+        """Wait for an answer, but no longer than to the next order due or the next look at the file."""
         now = time.monotonic()
         until = now + (0.2 if self.screen.terminal and self.asking else LOOK)
         if self.due and len(self.asking) < self.settings.concurrency:
             until = min(until, max(self.due[0][0], self.paused_until))
-        try:
+        with contextlib.suppress(queue.Empty):
             answer = self.answers.get(timeout=max(0.0, until - now))
             while True:
                 if answer:
                     self.heard(*answer)
                 answer = self.answers.get_nowait()
-        except queue.Empty:
-            self.http.cut()
+        self.http.cut()
 
     def heard(self, order: Order, answer: bool | Exception) -> None:
         """Decide what becomes of an order."""
-        del self.asking[order.task_id]
+        task_id = order.task_id
+        del self.asking[task_id]
         order.size = 0
+        if isinstance(answer, Exception) and not isinstance(answer, (chili.OrderFailed, chili.AskAgainLater)):
+            log.error("%s: nobody foresaw this, please report it", task_id, exc_info=answer)
+            answer = chili.AskAgainLater(f"{type(answer).__name__}, see above")
         if isinstance(answer, chili.AskAgainLater):
             self.later(order, answer)
             return
-        if isinstance(answer, Exception) and not isinstance(answer, chili.OrderFailed):
-            log.error("%s: unforeseen, please report it", order.task_id, exc_info=answer)
-            self.later(order, chili.AskAgainLater(f"{type(answer).__name__}, see above"))
-            return
-        self.accepted = True
-        self.troubles = order.troubles = 0
+        self.accepted, self.troubles, order.troubles = True, 0, 0
         self.over(order)
         # So a file is here at most a quarter of its render time (and 2 s) after it is ready,
-        # and an order that takes an hour is not asked about 1,800 times.
+        # and an order that renders for an hour is not asked about 1,800 times.
         pause = min(self.settings.poll_interval, max(SHORTEST_PAUSE, (time.monotonic() - order.born) / 4))
-        if isinstance(answer, chili.OrderFailed):
-            order.failures += 1
-            if answer.final or order.failures >= FAILURES:
-                self.orders.pop(order.task_id, None)
-                self.failed[order.task_id] = (answer.status, str(answer))
-                self.exit_code = self.exit_code or 1
-                log.error("%s failed: %s", order.task_id, answer)
-                return
-            pause = min(pause, SHORTEST_PAUSE) if self.once else pause
-            log.warning(
-                "%s: %s (%d of %d, asked again in %.0f s)",
-                *(order.task_id, answer, order.failures, FAILURES, pause),
-            )
-            self.again(order, pause)
-        elif answer:
-            self.orders.pop(order.task_id, None)
-            if order.task_id:
-                self.delivered.add(order.task_id)
+        if answer is True:
+            self.orders.pop(task_id, None)
+            if task_id:
+                self.delivered.add(task_id)
                 self.log_delivery(order)
-        else:
+        elif answer is False:
             order.failures = 0
             if not self.once:
                 self.again(order, pause)
+        elif isinstance(answer, chili.OrderFailed):
+            order.failures += 1
+            if answer.final or order.failures == FAILURES:
+                self.orders.pop(task_id, None)
+                self.failed[task_id] = (answer.status, str(answer))
+                self.exit_code = 1 if self.once else 0
+                log.error("%s failed: %s", task_id, answer)
+            else:
+                pause = min(pause, SHORTEST_PAUSE) if self.once else pause
+                log.warning(
+                    "%s: %s (%d of %d, again in %.0f s)", task_id, answer, order.failures, FAILURES, pause
+                )
+                self.again(order, pause)
+
+    def log_delivery(self, order: Order) -> None:
+        """The line that everybody waits for."""
+        file = chili.find_file(self.settings.orders_dir, order.task_id)
+        what = f"{file.name}, {human(file.stat().st_size)}" if file else "handed over"
+        took, s = time.monotonic() - order.born, "s" * (order.questions != 1)
+        log.info(
+            "%s delivered: %s, after %.1f s and %d question%s", order.task_id, what, took, order.questions, s
+        )
+        self.last = time.strftime("%Y-%m-%d %H:%M:%S")
 
     def later(self, order: Order, error: chili.AskAgainLater) -> None:
-        """The order could not be asked about, through no fault of its own."""
+        """The order could not be asked about, or not be delivered, through no fault of its own."""
         if self.stopping:
             return
-        now = time.monotonic()
         if isinstance(error, chili.CredentialsRefused) and not self.accepted:
             log.error("%s", error)
             self.exit_code, self.stopping = EX_CONFIG, True
             return
+        now = time.monotonic()
         if error.shared and now >= self.paused_until:
             self.troubles += 1
             self.paused_until = now + self.growing(self.troubles)
-        if error.pause is not None:
-            self.paused_until = max(self.paused_until, now + error.pause)
-        order.failures = 0
-        order.troubles += 1
+        self.paused_until = max(self.paused_until, now + (error.pause or 0.0))
+        order.failures, order.troubles = 0, order.troubles + 1
         if order.trouble != str(error):
             self.over(order)
             order.trouble = str(error)
-            if error.shared:
-                met = self.shared.setdefault(order.trouble, set())
-                if not met:
-                    log.warning("all orders wait: %s", error)
-                met.add(order.task_id)
-            else:
+            if not error.shared:
                 log.warning("%s waits: %s", order.task_id, error)
+            elif order.trouble not in self.shared:
+                log.warning("all orders wait: %s", error)
+                self.since = self.since or time.strftime("%Y-%m-%d %H:%M:%S")
+            if error.shared:
+                self.shared.setdefault(order.trouble, set()).add(order.task_id)
         if self.once:
-            self.exit_code = self.exit_code or 1
+            self.exit_code = 1
         else:
             self.again(order, self.growing(order.troubles))
 
@@ -438,25 +501,14 @@ class Poller:
         if order.trouble in self.shared and not met:
             del self.shared[order.trouble]
             log.info("over: %s", order.trouble)
+            self.since = self.since if self.shared else ""
         order.trouble = ""
 
-    def log_delivery(self, order: Order) -> None:
-        file = chili.find_file(self.settings.orders_dir, order.task_id)
-        log.info(
-            "%s delivered: %s, %s, %.1f s, %d question%s",
-            order.task_id,
-            file.name if file else "moved away already",
-            human(file.stat().st_size if file else 0),
-            time.monotonic() - order.born,
-            order.questions,
-            "s" * (order.questions != 1),
-        )
-
     def write_outcomes(self, patience: float = 0.2) -> None:
-        """Write what came of the orders: all at once when nobody is being asked, else every second."""
+        """Write what came of the orders: as soon as nothing is under way, else all of a second at once."""
         now = time.monotonic()
-        busy = self.asking or self.complaints.get("write")
-        if not (self.delivered or self.failed) or (busy and now - self.written < 1 and not self.stopping):
+        soon = self.stopping or not (self.asking or self.complaints.get("write"))
+        if not (self.delivered or self.failed) or (not soon and now < self.written + LOOK):
             return
         self.written = now
         try:
@@ -478,46 +530,108 @@ class Poller:
             log.info("over: %s", before)
         self.complaints[what] = problem
 
-    def show(self) -> None:
-        """The live line; elsewhere the progress of long downloads."""
-        running = [order for order in self.asking.values() if order.size]
-        if self.screen.terminal:
-            waiting = f"{len(self.orders.keys() - {''})} waiting"
-            trouble = [f"all wait: {text}" for text in self.shared]
-            self.screen.show(
-                " | ".join([waiting, *trouble, *(f"{order.task_id} {order.share()}" for order in running)])
-            )
-            return
+    # --- ON_DONE
+
+    def hand_over(self, order: Order) -> None:
+        """Run ON_DONE for a delivered file. Raises NotHandedOver unless it ends with 0."""
+        file = chili.find_file(self.settings.orders_dir, order.task_id)
+        if file is None:
+            raise NotHandedOver("its file was taken away before ON_DONE could have it")
+        words = [word.replace("{}", str(file)) for word in self.settings.on_done]
+        if words == self.settings.on_done:
+            words.append(str(file))
+        env = {name: value for name, value in os.environ.items() if name not in SECRETS}
+        env |= {"TASK_ID": order.task_id, "PROJECT_ID": order.project, "ORDER_FILE": str(file)}
+        arrived, last = file.stat().st_mtime, [""]
+        try:
+            process = subprocess.Popen(  # noqa: S603 - no shell, and the words are the user's own
+                words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True, errors="replace", start_new_session=True,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            self.said, order.unhanded = str(error), arrived
+            raise NotHandedOver(f"ON_DONE cannot be run: {error}") from None
+        self.children.add(process)
+
+        def listen() -> None:
+            for line in iter(lambda: process.stdout.readline(2000) if process.stdout else "", ""):
+                last[0] = chili.one_line(line, self.token)
+                log.info("%s: ON_DONE says: %s", order.task_id, last[0])
+
+        # A thread: what the command leaves running may keep the pipe open, and is not waited for.
+        listener = threading.Thread(target=listen, daemon=True)
+        listener.start()
+        try:
+            code = process.wait(self.settings.on_done_timeout)
+            end = f"ended with {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+        except subprocess.TimeoutExpired:
+            code, end = -1, f"took longer than {self.settings.on_done_timeout:g} s"
+            kill(process, signal.SIGKILL)
+            process.wait()
+        finally:
+            self.children.discard(process)
+        listener.join(1.0)
+        log.log(logging.WARNING if code else logging.INFO, "%s: ON_DONE %s", order.task_id, end)
+        if code or self.stopping:
+            kill(process, signal.SIGKILL)  # what it left running
+        if code:
+            self.said, order.unhanded = last[0] or end, arrived
+            raise NotHandedOver(f"ON_DONE {end}")
+
+    # --- telling
+
+    def tell(self) -> None:
+        """The live line, systemd's status, the note for `db.py list`, the progress of long downloads."""
         now = time.monotonic()
-        for order in running:
-            if now - order.logged >= PROGRESS:
+        if now < self.told + (0.2 if self.screen.terminal else LOOK):
+            return
+        ready, self.told = "" if self.told else "READY=1\n", now
+        loading = [order for order in self.asking.values() if order.size]
+        status = f"{len(self.orders) - ('' in self.orders)} waiting, {len(loading)} downloading"
+        status += f", {self.failed_before} failed, last delivery {self.last or 'none yet'}"
+        if self.shared:
+            status += f"; all orders wait since {self.since}: {next(iter(self.shared))}"
+        late = time.time() - UNHANDED
+        unhanded = [order for order in self.orders.values() if 0 < order.unhanded < late]
+        note = f"{len(unhanded)} wait for ON_DONE, which said: {self.said}" if unhanded else ""
+        if note != self.noted:
+            self.noted = note
+            db.take_note(self.lock, note)
+        status += note and f"; {note}"
+        notify(f"{ready}WATCHDOG=1\nSTATUS={status}")  # from the loop itself, so only while it turns
+        self.screen.show(" | ".join([status, *(f"{order.task_id[:8]} {order}" for order in loading)]))
+        for order in loading:
+            if not self.screen.terminal and now >= order.logged + PROGRESS:
                 order.logged = now
-                log.info("%s downloading: %s", order.task_id, order.share())
+                log.info("%s downloading: %s", order.task_id, order)
 
     def stop(self) -> int:
         """Drop what is under way, write what came of the rest."""
+        notify("STOPPING=1")
         self.stopping = True
         deadline = time.monotonic() + 1.0
         while self.asking and time.monotonic() < deadline:
             self.http.cut(everything=True)
-            try:
+            for child in tuple(self.children):
+                kill(child, signal.SIGTERM)
+            with contextlib.suppress(queue.Empty):
                 answer = self.answers.get(timeout=0.05)
                 if answer:
                     self.heard(*answer)
-            except queue.Empty:
-                pass
+        for child in tuple(self.children):
+            kill(child, signal.SIGKILL)
         self.write_outcomes()
         with contextlib.suppress(OSError):
             chili.remove_leftovers(self.settings.orders_dir)
         self.screen.show("")
         log.info("stopped, %d waiting", len(self.orders.keys() - {""}))
-        if self.delivered or self.failed:
-            log.error(
-                "%d outcomes could not be written; they are found again at the next start",
-                len(self.delivered) + len(self.failed),
-            )
-            return self.exit_code or 1
         return self.exit_code
+
+
+def kill(process: subprocess.Popen[str], how: int) -> None:
+    """Signal a command and all that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, how)
 
 
 # --- python poller.py ------------------------------------------------------------------------
@@ -582,11 +696,11 @@ def main() -> int:
     if given.check:
         return check(settings)
     try:
-        with db.lock(settings.database, "pid", patience=0):
+        with db.lock(settings.database, "pid", patience=0) as lock:
             db.read(settings.database)
             prepare_folder(settings.orders_dir)
             chili.remove_leftovers(settings.orders_dir)
-            return Poller(settings, screen, given.once).run()
+            return Poller(settings, screen, lock, given.once).run()
     except (db.DatabaseError, OSError) as error:
         log.error("%s", error)
         return 1

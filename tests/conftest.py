@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
+import socket
+import socketserver
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -20,6 +27,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from sandbox import Sandbox  # noqa: E402
 
+# Python for `before`: all pauses short, and a line in the log for each look into database.json and each rename.
+QUICK = "poller.LOOK = poller.SHORTEST_PAUSE = 0.1"
+WATCH = (
+    "sys.addaudithook(lambda what, about: print({'open': '<read %s>', 'os.rename': '<to %s>'}[what] % ("
+    "about[what == 'os.rename'],), file=sys.stderr) if what in ('open', 'os.rename') else None)"
+)
 PATIENCE = 30.0  # seconds: how long a busy machine may take for anything
 
 
@@ -140,3 +153,98 @@ def home(tmp_path: Path, grafx: Sandbox) -> Iterator[Home]:
         if running.process.poll() is None:
             running.process.kill()
             running.process.wait()
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    """The three modules in a folder of their own, where a .env can lie beside them."""
+    folder = tmp_path / "app"
+    folder.mkdir()
+    for name in ("poller.py", "chili.py", "db.py"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for loopback with its key, in one file. It is its own authority."""
+    place = tmp_path_factory.mktemp("tls") / "loopback.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", place, "-out",
+         place.with_suffix(".crt"), "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    place.write_bytes(place.read_bytes() + place.with_suffix(".crt").read_bytes())
+    return place
+
+
+@pytest.fixture
+def tls(certificate: Path) -> Iterator[Sandbox]:
+    """A GraFx environment over https; `elsewhere` is plain http."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    sandbox = Sandbox()
+    listener = sandbox._listeners[0]
+    listener.socket = context.wrap_socket(listener.socket, server_side=True, do_handshake_on_connect=False)
+    for name in ("base_url", "root", "token_url"):
+        setattr(sandbox, name, getattr(sandbox, name).replace("http://", "https://"))
+    with sandbox:
+        yield sandbox
+
+
+class Relay(socketserver.ThreadingTCPServer):
+    """A proxy on loopback: CONNECT and absolute addresses; or, with a target, a plain relay to it."""
+
+    allow_reuse_address = daemon_threads = True
+
+    def __init__(self, port: int = 0, target: str = "") -> None:
+        self.target, self.asked = target, list[str]()
+        super().__init__(("127.0.0.1", port), socketserver.BaseRequestHandler)
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        with suppress(OSError):
+            first = request.recv(65536)
+            target = self.target
+            if not target:
+                method, where = first.split()[:2]
+                self.asked.append(f"{method.decode()} {where.decode()}")
+                if method == b"CONNECT":
+                    target, first = f"//{where.decode()}", b""
+                    request.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                else:
+                    target = where.decode()
+                    first = first.replace(f"http://{urlsplit(target).netloc}".encode(), b"", 1)
+                    first = first.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+            parts = urlsplit(target)
+            with socket.create_connection((parts.hostname, parts.port)) as other:
+                other.sendall(first)
+                back = threading.Thread(target=self.pump, args=(other, request), daemon=True)
+                back.start()
+                self.pump(request, other)
+                back.join()
+
+    def pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def relay() -> Iterator[Callable[..., Relay]]:
+    made: list[Relay] = []
+
+    def make(*arguments: Any) -> Relay:
+        made.append(Relay(*arguments))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.shutdown()
+        one.server_close()

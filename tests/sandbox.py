@@ -2,7 +2,7 @@
 
 As a program, to see the poller work without a CHILI account:
 
-    python tests/sandbox.py            runs the real poller against a sandbox with a dozen orders
+    python tests/sandbox.py            runs the real poller against a sandbox with eleven orders
     python tests/sandbox.py --serve    only serves; prints settings for a .env and how to place an order
 
 As a library, in tests:
@@ -55,6 +55,7 @@ from urllib.parse import parse_qsl
 HERE = Path(__file__).resolve().parent
 MIB = 1 << 20
 AUDIENCE = "https://chiligrafx.com"
+TOKEN_HEADER = {"alg": "RS256", "typ": "JWT"}
 TYPES = {
     "png": "image/png",
     "jpg": "image/jpeg",
@@ -714,8 +715,8 @@ class Sandbox:
             "exp": int(time.time() + self.expires_in),
             "gty": "client-credentials",
         }
-        parts = (json.dumps({"alg": "RS256", "typ": "JWT"}).encode(), json.dumps(claims).encode())
-        encoded = (base64.urlsafe_b64encode(part) for part in (*parts, secrets.token_bytes(256)))
+        parts = [json.dumps(part, separators=(",", ":")).encode() for part in (TOKEN_HEADER, claims)]
+        encoded = [base64.urlsafe_b64encode(part) for part in (*parts, secrets.token_bytes(256))]
         token = ".".join(part.rstrip(b"=").decode() for part in encoded)
         self._cached = token, now + self.expires_in
         self._token_ends[token] = now + self.expires_in
@@ -807,8 +808,7 @@ class Sandbox:
             case "bad-link":
                 return json_answer(finished | {"links": {"download": option.get("link", "not a link")}})
             case "gzip" | "gzip-cut":
-                # mtime=0, so that both ends of a comparison get the same bytes.
-                packed = gzip.compress(b"".join(pieces(right.body)), compresslevel=1, mtime=0)
+                packed = gzip.compress(b"".join(pieces(right.body)), compresslevel=1)
                 right.body = packed if fault.name == "gzip" else packed[: len(packed) // 2]
                 right.headers["Content-Encoding"] = "gzip"
                 return right
@@ -967,7 +967,7 @@ State = dict[str, dict[str, Any]]
 
 
 def place_orders(grafx: Sandbox) -> tuple[dict[str, str], set[str]]:
-    """A dozen orders: what each one is, by task id, and which of them have to fail."""
+    """Eleven orders: what each one is, by task id, and which of them have to fail."""
     slow = grafx.add("png", after=6, size=2_000_000)
     grafx.fault("download", "slow", task_id=slow, times=None, rate=400_000)
     good = {
@@ -984,13 +984,17 @@ def place_orders(grafx: Sandbox) -> tuple[dict[str, str], set[str]]:
     return good | bad, set(bad)
 
 
-def write_orders(database: Path, orders: dict[str, str]) -> None:
+def new_folder(orders: dict[str, str]) -> Path:
+    """A temporary folder with an orders folder and a database.json in which these orders wait."""
+    folder = Path(tempfile.mkdtemp(prefix="grafx-sandbox-"))
+    (folder / "orders").mkdir()
     added = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     state = {
         "orders": {task_id: {"projectID": str(uuid.uuid4()), "added": added} for task_id in orders},
         "failed": {},
     }
-    database.write_text(json.dumps(state, indent=4) + "\n", encoding="utf-8")
+    (folder / "database.json").write_text(json.dumps(state, indent=4) + "\n", encoding="utf-8")
+    return folder
 
 
 def read_state(database: Path) -> State | None:
@@ -1040,7 +1044,7 @@ def summarize(grafx: Sandbox, folder: Path, orders: dict[str, str], bad: set[str
         print(f"  missing, or not the file that was sent: {task_id} ({orders[task_id]})")
     print(f"Failed: {len(state['failed'])}, expected {len(bad)}")
     for task_id, entry in state["failed"].items():
-        reason = entry.get("error") or entry.get("reason") if isinstance(entry, dict) else entry
+        reason = entry.get("error") if isinstance(entry, dict) else None
         print(f"  {task_id} ({orders.get(task_id, 'not ours')}): {reason or json.dumps(entry)}")
     print(f"The files are in {folder / 'orders'}")
     for path in files:
@@ -1049,11 +1053,9 @@ def summarize(grafx: Sandbox, folder: Path, orders: dict[str, str], bad: set[str
 
 
 def run_poller() -> int:
-    folder = Path(tempfile.mkdtemp(prefix="grafx-sandbox-"))
-    (folder / "orders").mkdir()
     with Sandbox(picture=True) as grafx:
         orders, bad = place_orders(grafx)
-        write_orders(folder / "database.json", orders)
+        folder = new_folder(orders)
         print(f"A sandbox of GraFx is at {grafx.base_url}")
         print(f"{len(orders)} orders are in {folder / 'database.json'}:")
         for task_id, what in orders.items():
@@ -1073,10 +1075,9 @@ def run_poller() -> int:
 
 
 def serve() -> int:
-    folder = Path(tempfile.mkdtemp(prefix="grafx-sandbox-"))
     with Sandbox(picture=True) as grafx:
         print("# These lines can be a .env. The sandbox serves until Ctrl-C.")
-        for name, value in grafx.settings(folder).items():
+        for name, value in grafx.settings(new_folder({})).items():
             print(f"{name}={value}")
         credentials = {
             "grant_type": "client_credentials",
@@ -1090,7 +1091,7 @@ def serve() -> int:
 # TOKEN=$(curl -s {grafx.token_url} -H 'Content-Type: application/json' -d '{json.dumps(credentials)}' \\
 #     | {Path(sys.executable).name} -c 'import json, sys; print(json.load(sys.stdin)["access_token"])')
 # curl -X POST {grafx.root}/png -H "Authorization: Bearer $TOKEN"
-# The taskId of the answer is the id to add to the poller's orders.""",
+# The taskId of the answer is the order: python db.py add TASK_ID""",
             flush=True,
         )
         threading.Event().wait()

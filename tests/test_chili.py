@@ -1,0 +1,574 @@
+"""chili.order_done against a GraFx environment: the token, the question, the download."""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import resource
+import signal
+import stat
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Home, Relay
+from sandbox import TYPES, Sandbox
+
+import chili
+
+TOO_LONG = 10**13  # bytes: nobody reads so many in a test
+
+
+class Asker:
+    """What the poller keeps between two questions, and the question."""
+
+    def __init__(self, grafx: Sandbox, folder: Path) -> None:
+        self.grafx, self.folder = grafx, folder
+        self.folder.mkdir()
+        self.base_url = grafx.base_url
+        self.http = chili.Connections(8)
+        self.token = chili.DangerousToken(grafx.token_url, grafx.client_id, grafx.client_secret)
+
+    def __call__(self, task_id: str, **more: Any) -> bool:
+        return chili.order_done(
+            task_id, self.base_url, self.grafx.environment, self.token, self.http, self.folder, **more
+        )
+
+    def fails(self, task_id: str) -> chili.OrderFailed | chili.AskAgainLater:
+        """The exception that the question ends with, after which nothing lies in the folder."""
+        with pytest.raises((chili.OrderFailed, chili.AskAgainLater)) as raised:
+            self(task_id)
+        assert self.files() == []
+        said = f"{raised.value} {raised.value!r}"
+        assert "\n" not in said
+        assert not [secret for secret in (*self.grafx.tokens, self.grafx.client_secret) if secret in said]
+        return raised.value
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir())
+
+    def asked(self, what: str) -> list[Any]:
+        return [request for request in self.grafx.requests if request.what == what]
+
+
+@pytest.fixture
+def ask(grafx: Sandbox, tmp_path: Path) -> Asker:
+    return Asker(grafx, tmp_path / "orders")
+
+
+# --- the question and the file ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_finished_task_is_delivered_byte_for_byte(ask: Asker, kind: str) -> None:
+    task = ask.grafx.add(kind, size=300_000, questions=2)
+    assert [ask(task), ask(task), ask.files()] == [False, False, []]
+    seen: list[tuple[int, int | None]] = []
+    assert ask(task, progress=lambda done, total: seen.append((done, total))) is True
+    assert ask.files() == [f"{task}.{kind}"]
+    whole = ask.grafx.body(task)
+    assert (ask.folder / ask.files()[0]).read_bytes() == whole
+    assert seen == sorted(seen)
+    assert len(seen) > 2
+    assert seen[-1] == (len(whole), len(whole))
+    assert [request.status for request in ask.asked("task")] == [204, 204, 200]
+    assert all(r.headers["Authorization"] == f"Bearer {ask.grafx.tokens[0]}" for r in ask.grafx.requests[1:])
+
+
+@pytest.mark.parametrize(
+    ("task", "fault", "extension"),
+    [
+        *(({"kind": kind}, ("octet", {}), kind) for kind in TYPES),
+        ({}, ("wrong-type", {"type": ""}), "png"),
+        ({}, ("wrong-type", {"type": "Image/PNG; q=1"}), "png"),
+        ({"kind": "jpg"}, ("wrong-type", {"type": "image/jpg"}), "jpg"),
+        ({"kind": "zip"}, ("wrong-type", {"type": "application/x-zip-compressed"}), "zip"),
+        ({"body": b"\0\1\2 something new"}, ("octet", {}), "bin"),
+        ({"body": b"PK\5\6" + bytes(18), "content_type": "application/zip"}, None, "zip"),
+        ({"size": 200_000}, ("chunked", {}), "png"),
+        ({"size": 200_000}, ("gzip", {}), "png"),
+    ],
+)
+def test_the_extension_is_what_came(ask: Asker, task: Any, fault: Any, extension: str) -> None:
+    task_id = ask.grafx.add(**task)
+    if fault:
+        ask.grafx.fault("download", fault[0], task_id=task_id, times=None, **fault[1])
+    assert ask(task_id)
+    assert ask.files() == [f"{task_id}.{extension}"]
+    assert (ask.folder / ask.files()[0]).read_bytes() == ask.grafx.body(task_id)
+
+
+FAILED, LATER = chili.OrderFailed, chili.AskAgainLater
+
+
+@pytest.mark.parametrize(
+    ("task", "fault", "kind"),
+    [
+        ({}, ("wrong-type", {}), FAILED),
+        ({}, ("wrong-type", {"type": "text/html"}), FAILED),
+        ({}, ("wrong-type", {"type": "image/webp"}), FAILED),
+        ({"kind": "pdf"}, ("wrong-type", {"type": "image/png"}), FAILED),
+        ({"body": b"%PDX-1.4", "content_type": "application/pdf"}, None, FAILED),
+        ({"body": b"\n<html>Error</html>"}, ("octet", {}), FAILED),
+        ({"body": b' {"error": "x"}'}, ("octet", {}), FAILED),
+        ({}, ("html", {}), FAILED),
+        ({}, ("other-json", {}), FAILED),
+        ({}, ("empty", {}), FAILED),
+        ({}, ("cut", {}), FAILED),
+        ({"size": 300_000}, ("cut", {}), FAILED),
+        ({}, ("length-short", {}), FAILED),
+        *(
+            ({"kind": kind, "size": 300_000}, fault, LATER)
+            for kind in ("png", "jpg")
+            for fault in (
+                ("length-long", {}),
+                ("reset", {"at": 100_000}),
+                ("close", {"at": 100_000}),
+                ("close", {"at": 0}),
+                ("chunked-cut", {}),
+                ("close-end", {}),
+                ("gzip-cut", {}),
+            )
+        ),
+    ],
+)
+def test_what_is_not_the_whole_file_is_never_delivered(ask: Asker, task: Any, fault: Any, kind: Any) -> None:
+    task_id = ask.grafx.add(**task)
+    if fault:
+        ask.grafx.fault("download", fault[0], task_id=task_id, **fault[1])
+    error = ask.fails(task_id)
+    assert isinstance(error, kind)
+    if isinstance(error, FAILED):
+        assert error.status == 200
+        assert not error.final
+    if "body" not in task:
+        assert ask(task_id)  # a passing fault
+        assert (ask.folder / ask.files()[0]).read_bytes() == ask.grafx.body(task_id)
+
+
+@pytest.mark.parametrize("extension", [*TYPES, "bin"])
+def test_a_file_that_is_there_already_is_not_fetched_again(ask: Asker, extension: str) -> None:
+    (ask.folder / f"task.{extension}").write_bytes(b"here")
+    assert ask("task") is True
+    assert ask.grafx.requests == []
+    assert (ask.folder / f"task.{extension}").read_bytes() == b"here"
+
+
+def test_the_file_is_durable_before_it_has_its_name_and_the_name_before_it_counts(
+    ask: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = ask.grafx.add()
+    real, steps = os.fsync, []
+
+    def fsync(fd: Any) -> None:
+        real(fd)
+        found = os.fstat(fd if isinstance(fd, int) else fd.fileno())
+        steps.append((stat.S_ISDIR(found.st_mode) or found.st_size, f"{task}.png" in ask.files()))
+        assert all(name.startswith(".") or name == f"{task}.png" for name in ask.files())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert ask(task)
+    assert steps == [(len(ask.grafx.body(task)), False), (True, True)]
+
+
+def test_leftovers_are_removed_and_nothing_else(ask: Asker) -> None:
+    task = ask.grafx.add(size=10_000_000)
+    ask.grafx.fault("download", "hang", task_id=task, after=0.0)
+    names = ["84ad7436.png", ".keep", "notes.txt"]
+    for name in names:
+        (ask.folder / name).touch()
+    half = set()
+
+    def look(*_: object) -> None:
+        half.update(set(ask.files()) - set(names))
+        for name in half:  # as a killed process leaves it
+            (ask.folder / f"{name[:-5]}-2{name[-5:]}").write_bytes(b"half")
+
+    assert pytest.raises(LATER, ask, task)
+    assert ask(task, progress=look)
+    assert half
+    assert all(name.startswith(".") for name in half)
+    assert len(ask.files()) > len(names) + 1
+    chili.remove_leftovers(ask.folder)
+    assert ask.files() == sorted([*names, f"{task}.png"])
+
+
+def test_a_full_disk_is_not_the_orders_fault(ask: Asker) -> None:
+    task = ask.grafx.add(size=500_000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        error = ask.fails(task)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert isinstance(error, LATER)
+    assert "write" in str(error)
+    assert ask(task)
+
+
+# --- what GraFx may answer instead -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "fault", "options", "status"),
+    [
+        *(
+            (what, f"status-{status}", {}, status)
+            for what in ("task", "download")
+            for status in (500, 404, 403, 400)
+        ),
+        ("task", "status-410", {}, 410),
+        ("task", "no-link", {}, 200),
+        *(
+            ("task", "bad-link", {"link": link}, 200)
+            for link in ("not a link", "", None, 5, {}, "ftp://127.0.0.1/x", "file:///etc/passwd", "/x", "http://",
+                         "http://[::1", "http://127.0.0.1:port/", "http://127.0.0.1:99999/", "http://a b/")
+        ),
+        *(("task", "other-json", {"value": value}, 200) for value in ([], None, 5, {"links": []}, {"links": None})),
+        ("task", "html", {}, 200),
+        ("task", "empty", {}, 200),
+        ("task", "cut-json", {}, 200),
+        ("task", "huge", {"size": TOO_LONG}, 200),
+    ],
+)  # fmt: skip
+def test_answers_that_speak_of_the_order(ask: Asker, what: str, fault: str, options: Any, status: int) -> None:
+    task = ask.grafx.add()
+    ask.grafx.fault(what, fault, **options)
+    error = ask.fails(task)
+    assert isinstance(error, FAILED)
+    assert (error.status, error.final) == (status, False)
+    assert ask(task)
+
+
+@pytest.mark.parametrize("what", ["task", "download"])
+@pytest.mark.parametrize(
+    ("fault", "options"),
+    [
+        *((f"status-{status}", {}) for status in (401, 408, 425, 429, 502, 503, 504, 507)),
+        ("status-503", {"body": b"<html>", "content_type": "text/html"}),
+        ("500-plain", {}),
+        ("500-empty", {}),
+        ("status-502", {"body": b"", "content_type": "text/plain"}),
+        ("reset", {}),
+        ("close", {}),
+        ("redirect-loop", {}),
+    ],
+)
+def test_answers_that_are_not_the_orders_fault(ask: Asker, what: str, fault: str, options: Any) -> None:
+    task = ask.grafx.add()
+    ask.grafx.fault(what, fault, times=None, **options)
+    assert isinstance(ask.fails(task), LATER)
+    assert len(ask.asked(what)) < 20
+    ask.grafx.clear_faults()
+    assert ask(task)
+
+
+def test_silence_is_not_the_orders_fault(ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chili, "TIMEOUT", (0.3, 0.3))
+    task = ask.grafx.add(size=300_000)
+    for what, fault, options in (
+        ("task", "hang", {}),
+        ("download", "hang", {}),
+        ("download", "slow", {"rate": 1}),
+        ("token", "hang", {}),
+    ):
+        if what == "token":
+            ask.grafx.revoke()
+        ask.grafx.fault(what, fault, **options)
+        assert isinstance(ask.fails(task), LATER)
+    assert ask(task)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1", "http://grafx.invalid", "https"])
+def test_no_way_to_the_server_is_not_the_orders_fault(ask: Asker, address: str) -> None:
+    ask.base_url = ask.base_url.replace("http", "https") if address == "https" else address
+    error = ask.fails("task")
+    assert isinstance(error, LATER)
+    assert error.shared
+
+
+def test_410_at_the_download_is_final_at_once(ask: Asker) -> None:
+    error = ask.fails(ask.grafx.add("expired"))
+    assert isinstance(error, FAILED)
+    assert (error.status, error.final) == (410, True)
+    assert "no longer available: GraFx keeps a file for 4 hours" in str(error)
+
+
+def test_a_failure_says_in_one_line_what_grafx_said(ask: Asker) -> None:
+    error = ask.fails(ask.grafx.add("failed"))
+    assert "Invalid list variable value" in str(error)
+    assert "Variable 'Size' has no item 'XXL'." in str(error)
+    assert "Render()" not in str(error)  # the trace
+    detail = '{"title": "Line 1\\nLine 2\\u001b[31m\\u2028", "detail": "%s"}' % ("long " * 9999)
+    task = ask.grafx.add()
+    ask.grafx.fault("task", "status-500", body=detail.encode())
+    error = ask.fails(task)
+    assert str(error).startswith("Line 1 Line 2")
+    assert str(error).isprintable()
+    assert len(str(error)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "most"),
+    [
+        ("7", 7, 7),
+        ("0", 0, 0),
+        ("99999", 300, 300),
+        ("9" * 400, 300, 300),
+        ("in 100 s", 90, 100),
+        ("in 9999 s", 300, 300),
+        ("in -100 s", 0, 0),
+        *((value, None, None) for value in ("soon", "", "-5", "\xb2", "1 2", "Wed, 99 Foo 2026", "nan")),
+    ],
+)
+@pytest.mark.parametrize("what", ["token", "task", "download"])
+def test_retry_after_is_understood(ask: Asker, what: str, value: str, least: Any, most: Any) -> None:
+    task = ask.grafx.add()
+    if value.startswith("in "):
+        value = email.utils.formatdate(time.time() + int(value.split()[1]), usegmt=True)
+    ask.grafx.fault(what, "status-429", retry_after=value)
+    error = ask.fails(task)
+    assert isinstance(error, LATER)
+    assert error.pause is None if least is None else least - 1 <= (error.pause or 0.0) <= most
+
+
+# --- the token -------------------------------------------------------------------------------
+
+
+def test_one_token_is_shared_by_all_requests(ask: Asker) -> None:
+    tasks = [ask.grafx.add() for _ in range(100)]
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(ask, tasks))
+        assert len(ask.asked("token")) == 1
+        ask.grafx.revoke()  # all notice it, and one fetches a new one
+        assert all(threads.map(ask, [ask.grafx.add() for _ in range(20)]))
+    assert len(ask.asked("token")) == 2
+    assert len(ask.asked("task")) <= 120 + 8
+    assert len({request.peer for request in ask.grafx.requests}) <= 8  # kept-alive connections
+    assert len(ask.files()) == 120
+
+
+def test_it_is_renewed_before_its_end(grafx: Sandbox, tmp_path: Path) -> None:
+    grafx.expires_in = 2
+    ask = Asker(grafx, tmp_path / "orders")
+    task = grafx.add("never")
+    ask(task)
+    ask(task)
+    assert len(ask.asked("token")) == 1
+    time.sleep(1.2)
+    ask(task)
+    assert len(ask.asked("token")) == 2
+    assert {request.status for request in ask.asked("task")} == {204}
+    assert 120 <= chili.TOKEN_MARGIN <= 600  # where it lasts longer
+
+
+@pytest.mark.parametrize("what", ["task", "download"])
+def test_a_401_fetches_a_new_one_and_repeats_the_request(ask: Asker, what: str) -> None:
+    """The endpoint caches, so the new one may be the old one."""
+    ask.grafx.fault(what, "status-401")
+    assert ask(ask.grafx.add())
+    assert [request.status for request in ask.asked(what)] == [401, 200]
+    assert [len(ask.asked("token")), len(ask.grafx.tokens)] == [2, 1]
+
+
+def test_a_token_that_is_refused_twice_stands_in_every_orders_way(ask: Asker) -> None:
+    ask.grafx.stubborn = True
+    task = ask.grafx.add()
+    ask.grafx.fault("task", "status-401", times=None)
+    error = ask.fails(task)
+    assert isinstance(error, LATER)
+    assert error.shared
+    assert [len(ask.asked("token")), len(ask.asked("task"))] == [2, 2]
+
+
+def test_refused_credentials_have_an_exception_of_their_own(ask: Asker) -> None:
+    ask.grafx.refuse_credentials = True
+    error = ask.fails(ask.grafx.add())
+    assert isinstance(error, chili.CredentialsRefused)
+    assert error.shared
+    assert "Unauthorized" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("fault", "options"),
+    [
+        *((f"status-{status}", {}) for status in (404, 429, 500, 503)),
+        *((name, {}) for name in ("cut-json", "html", "empty", "reset", "redirect-away", "echo-token")),
+        ("huge", {"size": TOO_LONG}),
+        *(
+            ("other-json", {"value": value})
+            for value in ([], {}, *({"access_token": token} for token in ("", None, [], "two\nlines", "é")))
+        ),
+    ],
+)
+def test_no_token_is_no_orders_fault(ask: Asker, fault: str, options: Any) -> None:
+    task = ask.grafx.add()
+    ask.grafx.fault("token", fault, **options)
+    error = ask.fails(task)
+    assert isinstance(error, LATER)
+    assert error.shared
+    assert not isinstance(error, chili.CredentialsRefused)
+    assert "lines" not in str(error)
+    for request in ask.asked("elsewhere"):
+        assert ask.grafx.client_secret.encode() not in request.body
+    assert ask(task)
+
+
+@pytest.mark.parametrize("lasts", [None, "soon", -1, 0, 1e400, [], True])
+def test_a_token_that_does_not_say_how_long_it_lasts_serves(ask: Asker, lasts: Any) -> None:
+    task = ask.grafx.add("never")
+    assert not ask(task)
+    value = {"access_token": ask.grafx.tokens[0], "expires_in": lasts}
+    ask.grafx.fault("token", "other-json", value=value)
+    other = Asker(ask.grafx, ask.folder / "other")
+    other(task)
+    other(task)
+    assert len(ask.asked("token")) == 2
+
+
+def test_it_stands_nowhere(ask: Asker, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "chili")
+    ask.grafx.fault("task", "echo-token")
+    task = ask.grafx.add()
+    error = ask.fails(task)
+    assert "Could not process the request with Bearer" in str(error)
+    assert ask(task)
+    assert "/output/tasks/" in caplog.text
+    (secret,) = ask.grafx.tokens
+    shown = (caplog.text, repr(ask.token), str(vars(ask.token)), str(os.environ), repr(error.__cause__))
+    assert not [text for text in shown if secret in text]
+
+
+def hosts(grafx: Sandbox) -> tuple[str, str]:
+    return grafx.base_url.removeprefix("http://"), grafx.elsewhere.removeprefix("http://")
+
+
+@pytest.mark.parametrize(
+    ("link", "followed"),
+    [
+        ("http://{elsewhere}/file/{task}", True),
+        ("HTTP://{elsewhere}/file/{task}?signature=s", True),
+        ("http://{home}@{elsewhere}/file/{task}", None),
+        ("http://{elsewhere}\\@{home}/file/{task}", None),
+        ("http://{home}\\@{elsewhere}/file/{task}", None),
+        ("http://{elsewhere}#@{home}/file/{task}", None),
+        ("http://{home}:80@{elsewhere}/file/{task}", None),
+        ("http://{elsewhere}%2f@{home}/file/{task}", None),
+        ("http://{elsewhere}\t@{home}/file/{task}", None),
+    ],
+)
+def test_a_link_elsewhere_is_followed_without_it(ask: Asker, link: str, followed: bool | None) -> None:
+    task = "84ad7436-f82f-4e87-8cd3-37299e37878c"
+    home, elsewhere = hosts(ask.grafx)
+    ask.grafx.add(task_id=task, link=link.format(home=home, elsewhere=elsewhere, task=task))
+    if followed:
+        assert ask(task)
+        assert len(ask.asked("elsewhere")) == 1
+    else:  # what it means is anybody's guess
+        try:
+            ask(task)
+        except (FAILED, LATER):
+            pass
+    for request in ask.asked("elsewhere"):
+        assert "Bearer" not in str(request.headers)
+        assert ask.grafx.tokens[0] not in str(request)
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_elsewhere_is_followed_without_it(ask: Asker, code: int) -> None:
+    task = ask.grafx.add()
+    ask.grafx.fault("download", "redirect-away", code=code)
+    assert ask(task)
+    (request,) = ask.asked("elsewhere")
+    assert "Authorization" not in request.headers
+
+    other = ask.grafx.add()
+    ask.grafx.fault("task", "redirect-away", code=code)
+    ask_failed = pytest.raises((FAILED, LATER), ask, other)  # a picture is no answer
+    assert ask_failed
+    assert "Authorization" not in ask.asked("elsewhere")[1].headers
+
+
+@pytest.mark.parametrize("what", ["task", "download"])
+def test_a_redirect_on_the_same_server_is_followed_with_it(ask: Asker, what: str) -> None:
+    ask.grafx.fault(what, "redirect-same")
+    assert ask(ask.grafx.add())
+    assert len(ask.asked(what)) == 2
+    assert all("Authorization" in request.headers for request in ask.asked(what))
+
+
+def test_netrc_does_not_replace_it(ask: Asker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine 127.0.0.1 login me password mine\ndefault login me password mine\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    task = "task"
+    ask.grafx.add(task_id=task, link=f"{ask.grafx.elsewhere}/file/{task}")
+    assert ask(task)
+    assert ask.asked("task")[0].headers["Authorization"] == f"Bearer {ask.grafx.tokens[0]}"
+    assert "Authorization" not in ask.asked("token")[0].headers
+
+
+# --- https and proxies -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def ask_tls(
+    tls: Sandbox, tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Asker]:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    yield Asker(tls, tmp_path / "orders")
+
+
+@pytest.mark.parametrize("port", [True, False], ids=["same port", "no port"])
+def test_an_http_link_of_an_https_environment_is_asked_over_https(ask_tls: Asker, port: bool) -> None:
+    task = "84ad7436-f82f-4e87-8cd3-37299e37878c"
+    path = f"{ask_tls.grafx.root}/tasks/{task}/download"
+    host = path.split("/")[2]
+    link = path.replace("https://", "http://").replace(host, host if port else "127.0.0.1")
+    ask_tls.grafx.add(task_id=task, link=link)
+    assert ask_tls(task)
+    assert ask_tls.asked("download")[0].headers["Authorization"].startswith("Bearer ")
+
+
+def test_a_link_from_https_to_http_elsewhere_goes_without_it(ask_tls: Asker) -> None:
+    task = "84ad7436-f82f-4e87-8cd3-37299e37878c"
+    ask_tls.grafx.add(task_id=task, link=f"{ask_tls.grafx.elsewhere}/file/{task}")
+    assert ask_tls(task)
+    assert "Authorization" not in ask_tls.asked("elsewhere")[0].headers
+
+
+def test_certificate_checks_cannot_be_turned_off(home: Home, tls: Sandbox, certificate: Path) -> None:
+    task = tls.add()
+    home.wait_for(task)
+    home.env |= tls.settings(home.folder)
+    off = {"PYTHONHTTPSVERIFY": "0", "CURL_CA_BUNDLE": "", "REQUESTS_CA_BUNDLE": "", "SSL_VERIFY": "0"}
+    ended = home.run("--once", **off, VERIFY="false")
+    assert ended.process.returncode == 1
+    assert "certificate" in ended.log()
+    assert tls.requests == []
+    # The same with the authority of this server.
+    assert home.run("--once", REQUESTS_CA_BUNDLE=str(certificate)).process.returncode == 0
+    assert (home.orders / f"{task}.png").read_bytes() == tls.body(task)
+
+
+def test_proxies_from_the_environment(
+    home: Home, grafx: Sandbox, tls: Sandbox, certificate: Path, relay: type[Relay]
+) -> None:
+    proxy = relay()
+    for sandbox, variable, method in ((grafx, "HTTP_PROXY", "GET"), (tls, "https_proxy", "CONNECT")):
+        for excepted in ("", "127.0.0.1"):
+            proxy.asked.clear()
+            task = sandbox.add()
+            home.wait_for(task)
+            env = {variable: proxy.url, "NO_PROXY": excepted, "REQUESTS_CA_BUNDLE": str(certificate)}
+            ended = home.run("--once", **sandbox.settings(home.folder), **env)
+            assert ended.process.returncode == 0, ended.log()
+            assert (home.orders / f"{task}.png").read_bytes() == sandbox.body(task)
+            assert any(asked.startswith(method) for asked in proxy.asked) is not bool(excepted)

@@ -1,0 +1,262 @@
+"""Settings, the options of poller.py, and what happens before the loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import QUICK, Home, Relay, eventually
+from sandbox import Sandbox
+
+import db
+import poller
+
+GOOD = {
+    "SERVER_ID": "id",
+    "SERVER_SECRET": "secret",
+    "BASEURL": "https://cp-abc-123.chili-publish.online",
+    "ENVIRONMENT": "cp-abc-123",
+    "TOKEN_URL": "",  # nothing stands for no value at all, and hides a .env beside poller.py
+    "POLL_INTERVAL": "",
+    "CONCURRENCY": "",
+    "DATABASE": "",
+    "ORDERS_DIR": "",
+}
+WRONG = [
+    *((name, "") for name in ("SERVER_ID", "SERVER_SECRET", "BASEURL", "ENVIRONMENT")),
+    *(
+        (name, value)
+        for name in ("BASEURL", "TOKEN_URL")
+        for value in (
+            "http://cp-abc-123.chili-publish.online",
+            "http://127.0.0.1.example.com",
+            "http://loopback:8080",
+            "ftp://127.0.0.1",
+            "cp-abc-123.chili-publish.online",
+            "https://",
+            "https://[::1",
+            "https://host:port",
+            "https://me:password@host",
+        )
+    ),
+    ("ENVIRONMENT", "../cp-abc-123"),
+    ("ENVIRONMENT", "cp abc"),
+    *(("POLL_INTERVAL", value) for value in ("often", "0", "-1", "nan", "inf", "1e9")),
+    *(("CONCURRENCY", value) for value in ("many", "0", "-1", "1.5", "100000")),
+]
+
+
+def load(monkeypatch: pytest.MonkeyPatch, **env: str) -> poller.Settings:
+    for name, value in {**GOOD, **env}.items():
+        monkeypatch.setenv(name, value)
+    return poller.load_settings()
+
+
+def test_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch)
+    beside = Path(poller.__file__).resolve().parent
+    assert settings.token_url == "https://integration-login.chiligrafx.com/oauth/token"
+    assert (settings.poll_interval, settings.concurrency) == (60, 8)
+    assert (settings.database, settings.orders_dir) == (beside / "database.json", beside / "orders")
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_each_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    with pytest.raises(poller.SettingsError) as raised:
+        load(monkeypatch, **{name: value})
+    (line,) = str(raised.value).splitlines()
+    assert line.startswith(name)
+    assert "password" not in line
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8080", "127.9.9.9", "localhost:1", "[::1]:8080"])
+def test_loopback_needs_no_https(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    settings = load(monkeypatch, BASEURL=f"http://{host}/", TOKEN_URL=f"http://{host}/oauth/token")
+    assert (settings.base_url, settings.token_url) == (f"http://{host}", f"http://{host}/oauth/token")
+
+
+def test_all_that_is_wrong_is_said_at_once(home: Home) -> None:
+    wrong = {"SERVER_ID": "", "BASEURL": "http://example.com", "POLL_INTERVAL": "often", "CONCURRENCY": "0"}
+    for option in ("--once", "--check"):
+        ended = home.run(option, **wrong)
+        assert ended.process.returncode == 78
+        assert [name for name in GOOD if f" {name} " in ended.log()] == list(wrong)
+    assert home.grafx.requests == []
+
+
+def run(app: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """A program of `app`, with no settings but these and .env, from somewhere else."""
+    env = {"PATH": os.environ["PATH"], **env}
+    (app.parent / "elsewhere").mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, str(app / command[0]), *command[1:]],
+        env=env, cwd=app.parent / "elsewhere", capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_a_workshop_env_file_and_database_work_unchanged(app: Path, grafx: Sandbox) -> None:
+    grafx.client_secret = "pa$$word-${HOME}-$PATH"
+    done, pending, asked = grafx.add("png"), grafx.add("never"), grafx.add("pdf")
+    (app / ".env").write_text(
+        f"FRONT_ID=abc\nFRONT_SECRET=def\nSERVER_ID={grafx.client_id}\nSERVER_SECRET={grafx.client_secret}\n"
+        f"BASEURL=https://127.0.0.1:1\nENVIRONMENT={grafx.environment}\nTOKEN_URL={grafx.token_url}\n",
+        encoding="utf-8-sig",
+    )
+    workshop = {
+        "tokens": {"integration": None},
+        "storeTemplates": [],
+        "users": {"dataType": "Map", "value": [["me", {"age": 1.5}]]},
+        "orders": {
+            "dataType": "Map",
+            "value": [[task, {"taskID": task, "projectID": "p1"}] for task in (done, pending)],
+        },
+    }
+    (app / "database.json").write_text(json.dumps(workshop, indent=4))
+    (app / "orders").mkdir()
+
+    ended = run(app, "poller.py", "--once", BASEURL=grafx.base_url)  # the environment wins
+
+    assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
+    assert [path.name for path in (app / "orders").iterdir()] == [f"{done}.png"]
+    del workshop["orders"]["value"][0]  # type: ignore[call-overload]
+    assert (app / "database.json").read_text() == json.dumps(workshop, indent=4) + "\n"
+
+    # Relative paths begin beside poller.py, wherever it is started; db.py finds the same file.
+    (app / "sub").mkdir()
+    other = {"BASEURL": grafx.base_url, "DATABASE": "sub/queue.json", "ORDERS_DIR": "sub/files"}
+    assert run(app, "db.py", "add", asked, **other).returncode == 0
+    ended = run(app, "poller.py", "--once", **other)
+    assert ended.returncode == 0, ended.stderr
+    assert (app / "sub" / "files" / f"{asked}.pdf").read_bytes() == grafx.body(asked)
+    assert db.get_orders(app / "sub" / "queue.json") == {}
+
+
+@pytest.mark.parametrize("content", [b"SERVER_ID=\xff\xfe", None], ids=["no text", "a folder"])
+def test_an_env_file_that_cannot_be_read_is_said(app: Path, content: bytes | None) -> None:
+    (app / ".env").mkdir() if content is None else (app / ".env").write_bytes(content)
+    ended = run(app, "poller.py", "--once")
+    assert ended.returncode == 78
+    assert ".env" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_help_is_complete(app: Path) -> None:
+    ended = run(app, "poller.py", "--help")  # without any setting
+    assert ended.returncode == 0
+    for word in ("--once", "--check", "-v", "78", ".env", "database.json", "README"):
+        assert word in ended.stdout
+    ended = run(app, "db.py", "--help")
+    assert ended.returncode == 0
+    assert all(word in ended.stdout for word in ("add", "list", "retry"))
+
+
+# --- the start -------------------------------------------------------------------------------
+
+
+def test_refused_credentials_end_it_at_the_start(home: Home) -> None:
+    home.grafx.refuse_credentials = True
+    home.wait_for(home.grafx.add())
+    ended = home.run()
+    assert ended.process.returncode == 78
+    assert "SERVER_ID and SERVER_SECRET" in ended.log()
+    assert home.grafx.client_secret not in ended.log()
+    assert {request.what for request in home.grafx.requests} == {"token"}
+    assert len(home.waiting()) == 1
+
+
+def test_a_network_that_is_not_there_yet_is_no_reason_to_end(home: Home, relay: type[Relay]) -> None:
+    task = home.grafx.add()
+    home.wait_for(task)
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        daemon = home.start(before=QUICK, TOKEN_URL=f"http://127.0.0.1:{port}/oauth/token")
+        daemon.says("all orders wait: .*refused")
+    relay(port, home.grafx.base_url)
+    daemon.says(f"{task} delivered")
+    assert daemon.stop() == 0
+    assert daemon.log().count("all orders wait") == 1
+    assert "over: " in daemon.log()
+
+
+def test_check_says_that_all_is_fine_also_while_a_daemon_runs(home: Home) -> None:
+    home.wait_for(home.grafx.add("never"))
+    daemon = home.start()
+    daemon.says("first time")
+    text = home.database.read_bytes()
+    ended = home.run("--check")
+    assert ended.process.returncode == 0
+    assert [line.split()[:2] for line in ended.log().splitlines()] == [
+        ["ok", word] for word in ("settings", "database:", "folder:", "token:")
+    ]
+    assert "1 waiting, 0 failed" in ended.log()
+    assert home.database.read_bytes() == text
+    assert home.files() == []
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize(("credentials", "code"), [(False, 78), (True, 1)])
+def test_check_says_what_is_not_fine(home: Home, credentials: bool, code: int) -> None:
+    home.grafx.refuse_credentials = not credentials
+    home.write('{"orders": {\n  "a" 1}}')
+    os.utime(home.database, (1, 1))
+    shutil.rmtree(home.orders)
+    home.orders.write_text("")
+    ended = home.run("--check")
+    assert ended.process.returncode == code
+    ok = {"settings", "token:"} if credentials else {"settings"}
+    words = ("settings", "database:", "folder:", "token:")
+    assert [line.split()[:2] for line in ended.log().splitlines()] == [
+        ["ok" if word in ok else "WRONG", word] for word in words
+    ]
+    assert "line 2, column 7" in ended.log()
+
+
+# --- --once ----------------------------------------------------------------------------------
+
+
+def test_once_asks_about_each_order_once(home: Home) -> None:
+    done, pending = home.grafx.add(), home.grafx.add("never")
+    home.wait_for(done, pending)
+    assert home.run("--once").process.returncode == 0
+    assert list(home.waiting()) == [pending]
+    assert [request.task_id for request in home.grafx.requests if request.what == "task"].count(pending) == 1
+    assert home.run("--once").process.returncode == 0  # nothing new, and nothing wrong
+
+
+def test_once_asks_about_a_failure_three_times_2_s_apart(home: Home) -> None:
+    failed, passing = home.grafx.add("failed"), home.grafx.add()
+    home.grafx.fault("task", "status-404", task_id=passing, times=2)
+    home.wait_for(failed, passing, added="2020-01-01T00:00:00Z")  # an age that would mean long pauses
+    ended = home.run("--once", POLL_INTERVAL="60")
+    assert ended.process.returncode == 1
+    assert list(home.failed()) == [failed]
+    assert home.waiting() == {}
+    for task in (failed, passing):
+        times = [r.time for r in home.grafx.requests if r.what == "task" and r.task_id == task]
+        assert len(times) == 3
+        assert all(1.9 < after - before < 20 for before, after in zip(times, times[1:], strict=False))
+
+
+@pytest.mark.parametrize("fault", ["status-503", "close"])
+def test_once_ends_with_1_where_an_order_could_not_be_asked(home: Home, fault: str) -> None:
+    task, done = home.grafx.add(), home.grafx.add()
+    home.grafx.fault("task", fault, task_id=task, times=None, **{"retry_after": 200} if "-" in fault else {})
+    home.wait_for(task, done)
+    assert home.run("--once", CONCURRENCY="2").process.returncode == 1
+    assert task in home.waiting()
+    assert home.failed() == {}
+
+
+def test_once_ends_without_a_network(home: Home) -> None:
+    home.wait_for(home.grafx.add())
+    ended = home.run("--once", TOKEN_URL="http://127.0.0.1:1/oauth/token")
+    assert ended.process.returncode == 1
+    assert len(home.waiting()) == 1
+    eventually(lambda: "refused" in ended.log())

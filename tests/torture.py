@@ -1,0 +1,239 @@
+"""The long runs: the poller killed at random moments, and kept busy for long.
+
+    python tests/torture.py --kills 1000       kill -9, look at what is left, start again, and so on
+    python tests/torture.py --orders 20000     that many orders through one process
+
+The suite runs a short one of each, see test_crash.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from conftest import Home, Running, eventually
+from sandbox import Sandbox
+
+import db
+
+WAITING = 150  # orders that wait at any time of a kill campaign
+MIB = 1 << 20
+
+
+def place(home: Home, task_ids: Iterable[str]) -> None:
+    """Add many orders in one write, as another program may: under the lock, a whole new file."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    with db.lock(home.database, "lock", patience=30):
+        data = home.read() if home.database.exists() else {"orders": {}, "failed": {}}
+        data["orders"].update({task_id: {"added": now} for task_id in task_ids})
+        home.write(data)
+
+
+def hidden(folder: Path) -> set[str]:
+    """Temporary files; the locks are not, they are there for ever."""
+    return {path.name for path in folder.glob(".*") if path.suffix not in (".lock", ".pid")}
+
+
+# --- kill -9 -------------------------------------------------------------------------------------
+
+
+class Campaign:
+    """Orders that finish all the time, and a poller that is killed all the time."""
+
+    def __init__(self, folder: Path, grafx: Sandbox, seed: int) -> None:
+        self.home, self.grafx, self.chance = Home(folder, grafx), grafx, random.Random(seed)
+        self.placed: set[str] = set()
+        self.done: set[str] = set()  # out of database.json, its file compared and then put away
+        self.bytes = 0
+        self.left: Counter[str] = Counter()  # what kills left behind
+
+    def new(self) -> str:
+        """An order of 1 kB to 4 MB that renders for up to 1.5 s, small ones more often."""
+        task_id = str(uuid.UUID(int=self.chance.getrandbits(128), version=4))
+        kind = self.chance.choice(("png", "jpg", "pdf", "mp4"))
+        size = round(1000 * 4000 ** self.chance.random())
+        self.grafx.add(kind, task_id=task_id, size=size, after=1.5 * self.chance.random())
+        self.placed.add(task_id)
+        return task_id
+
+    def fill(self) -> None:
+        place(self.home, [self.new() for _ in range(WAITING - len(self.placed - self.done))])
+
+    def kill(self, poller: Running) -> None:
+        """At any time, or at one of the moments that matter: as soon as its sign is seen, and a bit later."""
+        folder, orders = self.home.folder, self.home.orders
+        before = set(self.home.files())
+        sign: Callable[[], object] = self.chance.choice(
+            (
+                lambda: False,
+                lambda: hidden(orders),  # a file is being written
+                lambda: hidden(folder),  # database.json is
+                lambda: any(not name.startswith(".") for name in set(self.home.files()) - before),
+            )
+        )
+        started = time.monotonic()
+        until = started + 1.5 * self.chance.random()
+        if self.chance.random() < 0.5:  # another program adds one meanwhile
+            db.add_order(self.new(), path=self.home.database)
+        while time.monotonic() < until and not (time.monotonic() > started + 0.3 and sign()):
+            time.sleep(0.0005)
+        time.sleep(0.01 * self.chance.random() ** 2)
+        poller.stop(signal.SIGKILL)
+
+    def inspect(self) -> None:
+        """What must hold at any time, whatever was killed."""
+        data = json.loads(self.home.database.read_bytes())
+        assert not data["failed"], data["failed"]
+        waiting = set(data["orders"])
+        visible = [path for path in self.home.orders.iterdir() if not path.name.startswith(".")]
+        files = {path.stem: path for path in visible}
+        assert len(files) == len(visible), f"one order, two files: {sorted(path.name for path in visible)}"
+        for task_id, path in files.items():
+            assert task_id in self.placed - self.done, f"nobody ordered {path.name}, or it came twice"
+            served = self.grafx.body(task_id)
+            assert path.read_bytes() == served, f"{path.name} is not what was served"
+            if task_id not in waiting:
+                self.done.add(task_id)
+                self.bytes += len(served)
+                path.unlink()
+        lost = self.placed - self.done - waiting
+        assert not lost, f"lost: {sorted(lost)}"
+        self.left["a half-written file"] += bool(hidden(self.home.orders))
+        self.left["a half-written database.json beside the whole one"] += bool(hidden(self.home.folder))
+        self.left["a delivered file whose order still stood in database.json"] += bool(waiting & set(files))
+
+    def finish(self) -> None:
+        """Without a kill: all is delivered, nothing is left over."""
+        poller = self.home.start()
+        eventually(lambda: not self.home.waiting(), "the last orders are delivered", 120)
+        assert poller.stop() == 0, poller.log()
+        self.inspect()
+        assert self.done == self.placed
+        assert not hidden(self.home.orders) | hidden(self.home.folder)
+        assert not self.home.files(), self.home.files()
+
+
+def kills(folder: Path, number: int, seed: int, say: Callable[[str], None] = print) -> str:
+    """Kill the poller so many times; gives the summary. Raises AssertionError where anything is lost."""
+    with Sandbox() as grafx:
+        campaign = Campaign(folder, grafx, seed)
+        for count in range(1, number + 1):
+            campaign.fill()
+            campaign.kill(campaign.home.start())
+            campaign.inspect()
+            say(f"{count} of {number} kills, {len(campaign.done)} of {len(campaign.placed)} orders delivered")
+        campaign.finish()
+    return (
+        f"{number} kills, seed {seed}: {len(campaign.placed)} orders, {campaign.bytes / 1e6:.0f} MB; none lost, "
+        "all delivered, each file equal to what was served\n"
+        + "\n".join(f"  {count} kills left {what}" for what, count in campaign.left.items())
+    )
+
+
+# --- endurance -----------------------------------------------------------------------------------
+
+
+def endurance(
+    folder: Path, number: int, first: int, say: Callable[[str], None] = print
+) -> tuple[list[int], list[int], str]:
+    """(bytes, descriptors) at most until the `first` were delivered and in the last tenth, and a summary."""
+    with Sandbox() as grafx:
+        home = Home(folder, grafx)
+        waiting = min(1000, first // 2)  # it takes up new orders once a second, so that many at once
+        placed = delivered = 0
+        poller = home.start()
+        try:
+            process = psutil.Process(poller.process.pid)
+            peaks: dict[str, list[int]] = {"first": [0, 0], "last": [0, 0]}
+            began = time.monotonic()
+            while delivered < number:
+                left = len(home.waiting()) if placed else 0
+                delivered = placed - left
+                if left <= waiting * 3 // 4 and placed < number:
+                    new = min(number - placed, waiting - left)
+                    place(home, [grafx.add("png") for _ in range(new)])
+                    placed += new
+                now = [process.memory_info().rss, process.num_fds()]
+                for part, counts in (("first", delivered <= first), ("last", delivered >= number * 9 // 10)):
+                    if counts:
+                        peaks[part] = list(map(max, peaks[part], now))
+                seconds = time.monotonic() - began
+                say(f"{delivered} of {number} orders, {seconds:.0f} s, {now[0] / MIB:.1f} MiB, {now[1]} open")
+                time.sleep(0.1)
+                assert poller.process.poll() is None, poller.log()
+            assert poller.stop() == 0, poller.log()
+        finally:
+            poller.process.kill()
+            poller.process.wait()
+        assert not home.failed(), home.failed()
+        assert len(home.files()) == number
+    early, late = peaks["first"], peaks["last"]
+    return (
+        early,
+        late,
+        f"{number} orders through one process in {seconds:.0f} s: resident memory {early[0] / MIB:.1f} MiB up to the "
+        f"first {first} and {late[0] / MIB:.1f} MiB in the last tenth, open descriptors {early[1]} and {late[1]}",
+    )
+
+
+# --- the program ---------------------------------------------------------------------------------
+
+
+def progress() -> Callable[[str], None]:
+    """One live line; where nobody sits before it, a line every 10 s."""
+    last = time.monotonic()
+
+    def say(line: str) -> None:
+        nonlocal last
+        if sys.stdout.isatty():
+            print(f"\r\x1b[K{line}", end="", flush=True)
+        elif time.monotonic() - last >= 10:
+            last = time.monotonic()
+            print(line, flush=True)
+
+    return say
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--kills", type=int, metavar="N", help="kill the poller so many times")
+    what.add_argument("--orders", type=int, metavar="N", help="let one process deliver so many orders")
+    parser.add_argument("--seed", type=int, metavar="S", help="of the kills; a random one if not given")
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="grafx-torture-"))
+    try:
+        if given.kills:
+            seed = random.randrange(10**6) if given.seed is None else given.seed
+            print(f"seed {seed}, in {folder}", flush=True)
+            summary = kills(folder, given.kills, seed, progress())
+        else:
+            early, late, summary = endurance(folder, given.orders, min(2000, given.orders // 2), progress())
+            assert late[0] <= early[0] + 2 * MIB and late[1] <= early[1], summary
+    except AssertionError as error:
+        print(f"\nFAILED: {error}\nAll of it is in {folder}", file=sys.stderr)
+        return 1
+    print(f"\n{summary}" if sys.stdout.isatty() else summary)
+    with contextlib.suppress(OSError):
+        shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
