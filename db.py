@@ -415,7 +415,8 @@ def _cell(fields: Fields, key: str) -> str:
     return " ".join(str(value).split()) if isinstance(value, (str, int)) else ""
 
 
-def _list(store: Store) -> None:
+def _list(path: Path) -> None:
+    store = read(path)
     for name, orders, keys in (
         ("waiting", store.orders, ("projectID", "added")),
         ("failed", store.failed, ("projectID", "failed", "status", "error")),
@@ -424,6 +425,10 @@ def _list(store: Store) -> None:
         if orders:
             rows = [(task_id, *(_cell(fields, key) for key in keys)) for task_id, fields in orders.items()]
             print(_table([("order", *keys), *rows]) + "\n")
+    with contextlib.suppress(OSError):
+        note = path.with_name(f".{path.name}.pid").read_text().partition(" ")[2].strip()
+        if note:
+            print(f"the poller says: {note}")
     for item in store.strange:
         print(f"not a task id, left alone: {' '.join(item.split())}")
 
@@ -447,7 +452,7 @@ def main() -> int:
             new = add_order(given.task_id, given.project)
             print(f"{given.task_id} {'waits now' if new else 'waited already'}")
         elif given.command == "list":
-            _list(read(default_path()))
+            _list(Path(os.path.realpath(default_path())))
         else:
             moved = retry_orders(None if given.all else [given.task_id])
             print(f"{len(moved)} failed order{'s' * (len(moved) != 1)} will be asked about again")

@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
@@ -58,7 +58,7 @@ class Settings:
     """What the environment and `.env` say. Times are seconds."""
 
     server_id: str
-    server_secret: str
+    server_secret: str = field(repr=False)
     base_url: str
     environment: str
     token_url: str
@@ -197,11 +197,13 @@ class Screen(logging.StreamHandler[TextIO]):
     def show(self, line: str) -> None:
         """Put `line` in the place of the live line."""
         line = line[: shutil.get_terminal_size().columns - 1]
+        self.acquire()
         if self.terminal and line != self.line:
             with contextlib.suppress(OSError):
                 self.stream.write("\r\x1b[K" + line)
                 self.stream.flush()
             self.line = line
+        self.release()
 
 
 def notify(state: str) -> None:
@@ -238,7 +240,7 @@ class Order:
     failures: int = 0  # answers in a row that speak of a failed order
     troubles: int = 0  # in a row: it could not be asked
     trouble: str = ""  # what it waits on, as logged
-    unhanded: float = 0.0  # `time.time()` of its file, while ON_DONE did not take it
+    unhanded: float = 0.0  # since when ON_DONE fails for its file
     size: int = 0  # bytes of its file that are here
     total: int | None = None
     logged: float = 0.0  # when it was asked about, or its progress was logged
@@ -337,11 +339,11 @@ class Poller:
             return
         for task_id in self.orders.keys() - store.orders.keys() - {""}:
             self.over(self.orders.pop(task_id))
-        for task_id in store.orders.keys() - self.orders.keys() - self.delivered - self.failed.keys():
-            if task_id in self.asking:  # somebody took it out and put it back
+        for task_id, fields in store.orders.items():
+            if task_id in self.asking:
                 self.orders[task_id] = self.asking[task_id]
-            else:
-                self.orders[task_id] = new_order(task_id, store.orders[task_id])
+            elif not (task_id in self.orders or task_id in self.delivered or task_id in self.failed):
+                self.orders[task_id] = new_order(task_id, fields)
                 self.again(self.orders[task_id], 0.0)
         for item in store.strange:
             if item not in self.strange:
@@ -352,7 +354,8 @@ class Poller:
         """Give orders whose time has come to the threads, no more than may be asked about at once."""
         now = time.monotonic()
         if now < self.paused_until:
-            if self.once and self.due:  # whoever calls again asks again
+            if self.once and self.due:
+                log.warning("%d orders were not asked about; the next call will", len(self.due))
                 self.due.clear()
                 self.exit_code = 1
             return
@@ -414,7 +417,7 @@ class Poller:
 
     def heard(self, order: Order, answer: bool | Exception) -> None:
         """Decide what becomes of an order."""
-        task_id = order.task_id
+        task_id, size = order.task_id, order.size
         del self.asking[task_id]
         order.size = 0
         if isinstance(answer, Exception) and not isinstance(answer, (chili.OrderFailed, chili.AskAgainLater)):
@@ -432,7 +435,17 @@ class Poller:
             self.orders.pop(task_id, None)
             if task_id:
                 self.delivered.add(task_id)
-                self.log_delivery(order)
+                self.last = time.strftime("%Y-%m-%d %H:%M:%S")
+                file = chili.find_file(self.settings.orders_dir, task_id)
+                log.info(
+                    "%s delivered: %s, %s, %.1f s after it was ordered, asked %d times",
+                    *(
+                        task_id,
+                        file.name if file else "taken away already",
+                        human(size) if size else "here before",
+                    ),
+                    *(time.monotonic() - order.born, order.questions),
+                )
         elif answer is False:
             order.failures = 0
             if not self.once:
@@ -450,16 +463,6 @@ class Poller:
                     "%s: %s (%d of %d, again in %.0f s)", task_id, answer, order.failures, FAILURES, pause
                 )
                 self.again(order, pause)
-
-    def log_delivery(self, order: Order) -> None:
-        """The line that everybody waits for."""
-        file = chili.find_file(self.settings.orders_dir, order.task_id)
-        what = f"{file.name}, {human(file.stat().st_size)}" if file else "handed over"
-        took, s = time.monotonic() - order.born, "s" * (order.questions != 1)
-        log.info(
-            "%s delivered: %s, after %.1f s and %d question%s", order.task_id, what, took, order.questions, s
-        )
-        self.last = time.strftime("%Y-%m-%d %H:%M:%S")
 
     def later(self, order: Order, error: chili.AskAgainLater) -> None:
         """The order could not be asked about, or not be delivered, through no fault of its own."""
@@ -504,7 +507,7 @@ class Poller:
             self.since = self.since if self.shared else ""
         order.trouble = ""
 
-    def write_outcomes(self, patience: float = 0.2) -> None:
+    def write_outcomes(self) -> None:
         """Write what came of the orders: as soon as nothing is under way, else all of a second at once."""
         now = time.monotonic()
         soon = self.stopping or not (self.asking or self.complaints.get("write"))
@@ -512,7 +515,9 @@ class Poller:
             return
         self.written = now
         try:
-            store = db.end_orders(self.delivered, self.failed, self.settings.database, patience)
+            store = db.end_orders(self.delivered, self.failed, self.settings.database, patience=0.5)
+        except db.HalfSaved:
+            return
         except db.DatabaseError as error:
             self.complain("write", str(error))
             return
@@ -542,14 +547,14 @@ class Poller:
             words.append(str(file))
         env = {name: value for name, value in os.environ.items() if name not in SECRETS}
         env |= {"TASK_ID": order.task_id, "PROJECT_ID": order.project, "ORDER_FILE": str(file)}
-        arrived, last = file.stat().st_mtime, [""]
+        last = [""]
         try:
             process = subprocess.Popen(  # noqa: S603 - no shell, and the words are the user's own
                 words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 text=True, errors="replace", start_new_session=True,
             )  # fmt: skip
         except (OSError, ValueError) as error:
-            self.said, order.unhanded = str(error), arrived
+            self.said, order.unhanded = str(error), order.unhanded or time.monotonic()
             raise NotHandedOver(f"ON_DONE cannot be run: {error}") from None
         self.children.add(process)
 
@@ -575,7 +580,7 @@ class Poller:
         if code or self.stopping:
             kill(process, signal.SIGKILL)  # what it left running
         if code:
-            self.said, order.unhanded = last[0] or end, arrived
+            self.said, order.unhanded = last[0] or end, order.unhanded or time.monotonic()
             raise NotHandedOver(f"ON_DONE {end}")
 
     # --- telling
@@ -591,7 +596,7 @@ class Poller:
         status += f", {self.failed_before} failed, last delivery {self.last or 'none yet'}"
         if self.shared:
             status += f"; all orders wait since {self.since}: {next(iter(self.shared))}"
-        late = time.time() - UNHANDED
+        late = now - UNHANDED
         unhanded = [order for order in self.orders.values() if 0 < order.unhanded < late]
         note = f"{len(unhanded)} wait for ON_DONE, which said: {self.said}" if unhanded else ""
         if note != self.noted:
@@ -624,7 +629,8 @@ class Poller:
         with contextlib.suppress(OSError):
             chili.remove_leftovers(self.settings.orders_dir)
         self.screen.show("")
-        log.info("stopped, %d waiting", len(self.orders.keys() - {""}))
+        db.take_note(self.lock, "")
+        log.info("stopped, %d waiting", len(self.orders) - ("" in self.orders))
         return self.exit_code
 
 

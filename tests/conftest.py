@@ -209,29 +209,30 @@ class Relay(socketserver.ThreadingTCPServer):
     def finish_request(self, request: Any, client_address: Any) -> None:
         with suppress(OSError):
             first = request.recv(65536)
-            target = self.target
+            if not first:
+                return
+            target, prefix = self.target, b""
             if not target:
-                method, where = first.split()[:2]
-                self.asked.append(f"{method.decode()} {where.decode()}")
-                if method == b"CONNECT":
-                    target, first = f"//{where.decode()}", b""
+                method, where = first.decode("latin-1").split()[:2]
+                self.asked.append(f"{method} {where}")
+                if method == "CONNECT":
+                    target, first = f"//{where}", b""
                     request.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
                 else:
-                    target = where.decode()
-                    first = first.replace(f"http://{urlsplit(target).netloc}".encode(), b"", 1)
-                    first = first.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+                    target, prefix = where, f"http://{urlsplit(where).netloc}/".encode()
             parts = urlsplit(target)
             with socket.create_connection((parts.hostname, parts.port)) as other:
-                other.sendall(first)
                 back = threading.Thread(target=self.pump, args=(other, request), daemon=True)
                 back.start()
-                self.pump(request, other)
+                self.pump(request, other, first, prefix)
                 back.join()
 
-    def pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def pump(self, source: socket.socket, sink: socket.socket, data: bytes = b"", prefix: bytes = b"") -> None:
+        """Copy until the end; a request's absolute address becomes a path."""
         with suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
+            while data := data or source.recv(65536):
+                sink.sendall(data.replace(prefix, b"/", 1) if prefix else data)
+                data = b""
         with suppress(OSError):
             sink.shutdown(socket.SHUT_RDWR)
 

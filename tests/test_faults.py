@@ -226,9 +226,8 @@ def end(poller: Any, home: Home) -> None:
 @pytest.fixture(scope="module")
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """All rows, each with its outcome; prints the table when its tests are through."""
-    wanted = {item.callspec.params["row"].__str__() for item in request.session.items if "row" in getattr(
-        getattr(item, "callspec", None), "params", {})}  # fmt: skip
-    rows = [row for row in ROWS if str(row) in wanted]
+    wanted = {item.name for item in request.session.items}  # `pytest -k` may want a few only
+    rows = [row for row in ROWS if f"test_fault[{row}]" in wanted]
     shared = [row for row in rows if row.place != "token"]
     tokens = [row for row in rows if row.place == "token"]
 
@@ -244,8 +243,8 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     runs += [(all_at_once, pick(shared, "polite"), 10), (all_at_once, pick(shared, "slow"), 0.5)]
     runs += [(all_at_once, [row], 10) for row in shared if row.expected == HELD]
     runs += [(one_after_the_other, [row], 10) for row in tokens if row.expected == HELD]
-    runs += [(one_after_the_other, pick(tokens, "quick")[part::2], 10) for part in range(2)]
-    runs += [(one_after_the_other, pick(tokens, "polite")[part::4], 10) for part in range(4)]
+    runs += [(one_after_the_other, pick(tokens, "quick")[part::5], 10) for part in range(5)]
+    runs += [(one_after_the_other, pick(tokens, "polite")[part::5], 10) for part in range(5)]
     runs += [(one_after_the_other, pick(tokens, "slow")[part::3], 0.5) for part in range(3)]
     with ThreadPoolExecutor(len(runs)) as pool:
         futures: list[Future[None]] = [
@@ -253,11 +252,8 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         ]
     problems = [future.exception() for future in futures if future.exception()]
     yield
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter:
-        reporter.write_line("")
-        for line in table(rows):
-            reporter.write_line(line)
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        print("", *table(rows), sep="\n")
     assert not problems, problems
 
 
@@ -297,8 +293,10 @@ def test_fault(row: Row) -> None:
     if row.expected == FINE and row.place != "token":
         assert [request.what for request in row.requests if request.query == ""].count(row.place) == 1
     if row.options.get("retry_after") == 1:
-        answered = [request.time for request in row.requests if request.what == row.place]
-        assert min(later - sooner for sooner, later in itertools.pairwise(answered)) > 0.95
+        times = [request.time for request in row.requests if request.what == row.place]
+        pauses = [later - sooner for sooner, later in itertools.pairwise(times)]
+        # The other order may already be on its way to the token when the first one is told to wait.
+        assert (max if row.place == "token" else min)(pauses) > 0.95
     # Nobody else is held up by it, except where GraFx wants to be left alone or gives no token.
     if row.expected == HELD:
         after = [request for request in row.requests if request.time > met[0].time]
