@@ -144,7 +144,7 @@ def origin(url: str) -> tuple[str, str, int]:
 
 
 def _send(
-    http: Connections, method: str, url: str, headers: dict[str, str], body: Any = None, shared: bool = False
+    http: Connections, method: str, url: str, headers: dict[str, str], body: Any = None, home: bool = False
 ) -> requests.Response:
     """One request, its answer's body unread. Raises AskAgainLater.
 
@@ -157,9 +157,9 @@ def _send(
     try:
         request = requests.Request(method, url, headers, json=body).prepare()
         response = http.send(request, stream=True, timeout=TIMEOUT, **_environment(origin(url)))
-    except (requests.RequestException, HTTPError, HTTPException, OSError) as error:
-        reached = not isinstance(error.args[0] if error.args else None, MaxRetryError)
-        shared = shared and not reached
+    except (requests.RequestException, HTTPError, HTTPException, ValueError, OSError) as error:
+        # MaxRetryError, with no retries: it was the connecting that failed, which is no order's own.
+        shared = home and isinstance(error.args[0] if error.args else None, MaxRetryError)
         message = f"{'GraFx unreachable: ' * shared}{urlsplit(url).hostname}: {_reason(error)}"
         log.debug("%s %s: %s", method, plain, message)
         http.done()
@@ -221,12 +221,9 @@ def _body(http: Connections, response: requests.Response) -> Any:
 def _retry_after(response: requests.Response) -> float | None:
     """Seconds, from either form of RFC 9110, section 10.2.3; None where there is no sense in it."""
     value = response.headers.get("Retry-After", "").strip()
+    date = email.utils.parsedate_to_datetime
     try:
-        seconds = (
-            float(value)
-            if value.isdigit()
-            else (email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-        )
+        seconds = float(value) if value.isdigit() else date(value).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError):
         return None
     return min(max(seconds, 0.0), LONGEST_PAUSE)
@@ -286,8 +283,8 @@ class DangerousToken:
     def _fetch(self, http: Connections) -> _Token:
         form = {"grant_type": "client_credentials", "audience": AUDIENCE}
         form |= {"client_id": self._id, "client_secret": self._secret}
-        response = _send(http, "POST", self._url, {"Accept": "application/json"}, form, shared=True)
         try:
+            response = _send(http, "POST", self._url, {"Accept": "application/json"}, form, home=True)
             answer = _body(http, response)
         except AskAgainLater as error:
             raise AskAgainLater(f"no token: {error}", shared=True) from None
@@ -370,12 +367,12 @@ def _get(http: Connections, url: str, base_url: str, token: DangerousToken, acce
         except ValueError:
             raise AskAgainLater("redirected to what is no http address") from None
         if home[0] == "https" and where[:2] == ("http", home[1]) and where[2] in (80, home[2]):
-            where = home  # a server behind a TLS proxy may not know that it is one
+            where = home  # a server behind a TLS proxy may not know that it is
+            url = urlsplit(url)._replace(scheme="https", netloc=urlsplit(base_url).netloc).geturl()
         if where == home:
-            url = urlsplit(url)._replace(scheme=home[0], netloc=urlsplit(base_url).netloc).geturl()
             current = token.get(http, refused)
             headers["Authorization"] = f"Bearer {current.value}"
-        response = _send(http, "GET", url, headers, shared=where == home)
+        response = _send(http, "GET", url, headers, home=where == home)
         if response.status_code == 401 and where == home:
             _body(http, response)
             if refused:

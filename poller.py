@@ -438,7 +438,7 @@ class Poller:
                 self.last = time.strftime("%Y-%m-%d %H:%M:%S")
                 file = chili.find_file(self.settings.orders_dir, task_id)
                 log.info(
-                    "%s delivered: %s, %s, %.1f s after it was ordered, asked %d times",
+                    "%s delivered: %s, %s, %.1f s after it was ordered, questions: %d",
                     *(
                         task_id,
                         file.name if file else "taken away already",

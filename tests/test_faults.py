@@ -272,7 +272,7 @@ def table(rows: list[Row]) -> Iterator[str]:
         return "-"
 
     heads = [f"{place} x{times}" for place, times in columns]
-    yield f"{'fault':27}" + "".join(f"{head:13}" for head in heads)
+    yield (f"{'fault':27}" + "".join(f"{head:13}" for head in heads)).rstrip()
     for label in dict.fromkeys(row.label for row in rows):
         yield f"{label:27}" + "".join(f"{cell(label, *column):13}" for column in columns).rstrip()
     yield "-: as x1, for there is nothing to repeat"
