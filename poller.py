@@ -196,13 +196,13 @@ class Screen(logging.StreamHandler[TextIO]):
 
     def show(self, line: str) -> None:
         """Put `line` in the place of the live line."""
-        line = line[: shutil.get_terminal_size().columns - 1]
+        if not self.terminal or line == self.line:
+            return
         self.acquire()
-        if self.terminal and line != self.line:
-            with contextlib.suppress(OSError):
-                self.stream.write("\r\x1b[K" + line)
-                self.stream.flush()
-            self.line = line
+        self.line = line[: shutil.get_terminal_size().columns - 1]
+        with contextlib.suppress(OSError):
+            self.stream.write("\r\x1b[K" + self.line)
+            self.stream.flush()
         self.release()
 
 
