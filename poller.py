@@ -170,7 +170,7 @@ def prepare_folder(orders_dir: Path) -> None:
 # --- what a person sees ----------------------------------------------------------------------
 
 
-class Screen(logging.StreamHandler[TextIO]):
+class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no argument
     """The log on stderr: in a terminal with a live line below it, under systemd as the journal likes it."""
 
     def __init__(self) -> None:
