@@ -38,6 +38,7 @@ ANSWER_SIZE = 1024 * 1024  # bytes of an answer that is not a file; GraFx's are 
 LONGEST_PAUSE = 300.0  # seconds: the most that a Retry-After is obeyed
 TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
 REDIRECTS = 5
+HEADERS = {"Accept": "application/json, */*", "Accept-Encoding": "identity", "User-Agent": "grafx-poller"}
 
 # extension: Content-Types, and what the file begins with (mp4: from its fifth byte)
 FORMATS = {
@@ -143,28 +144,26 @@ def origin(url: str) -> tuple[str, str, int]:
     return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def _send(
-    http: Connections, method: str, url: str, headers: dict[str, str], body: Any = None, home: bool = False
-) -> requests.Response:
+def _send(http: Connections, request: requests.PreparedRequest, home: bool) -> requests.Response:
     """One request, its answer's body unread. Raises AskAgainLater.
 
     A `Session` is done without: it would let ~/.netrc replace the token, carry cookies from
     one order to the next, and read a redirect's body whatever its size.
     """
-    headers |= {"User-Agent": "grafx-poller", "Accept-Encoding": "identity"}
-    began = time.monotonic()
+    began, url = time.monotonic(), str(request.url)
     plain = url.partition("?")[0]  # a signed link's signature is a secret, too
     try:
-        request = requests.Request(method, url, headers, json=body).prepare()
         response = http.send(request, stream=True, timeout=TIMEOUT, **_environment(origin(url)))
     except (requests.RequestException, HTTPError, HTTPException, ValueError, OSError) as error:
         # MaxRetryError, with no retries: it was the connecting that failed, which is no order's own.
         shared = home and isinstance(error.args[0] if error.args else None, MaxRetryError)
         message = f"{'GraFx unreachable: ' * shared}{urlsplit(url).hostname}: {_reason(error)}"
-        log.debug("%s %s: %s", method, plain, message)
+        log.debug("%s %s: %s", request.method, plain, message)
         http.done()
         raise AskAgainLater(message, shared) from None
-    log.debug("%s %s: %d, %.0f ms", method, plain, response.status_code, (time.monotonic() - began) * 1000)
+    log.debug(
+        "%s %s: %d, %.0f ms", request.method, plain, response.status_code, (time.monotonic() - began) * 1000
+    )
     return response
 
 
@@ -284,7 +283,8 @@ class DangerousToken:
         form = {"grant_type": "client_credentials", "audience": AUDIENCE}
         form |= {"client_id": self._id, "client_secret": self._secret}
         try:
-            response = _send(http, "POST", self._url, {"Accept": "application/json"}, form, home=True)
+            request = requests.Request("POST", self._url, HEADERS, json=form).prepare()
+            response = _send(http, request, home=True)
             answer = _body(http, response)
         except AskAgainLater as error:
             raise AskAgainLater(f"no token: {error}", shared=True) from None
@@ -332,7 +332,7 @@ def order_done(
         _sync_folder(orders_dir)
         return True
     root = f"{base_url}/grafx/api/v1/environment/{quote(environment, safe='')}"
-    response = _get(http, f"{root}/output/tasks/{task_id}", base_url, token, "application/json")
+    response = _get(http, f"{root}/output/tasks/{task_id}", base_url, token)
     answer = _body(http, response)
     if response.status_code == 204:
         return False
@@ -340,11 +340,10 @@ def order_done(
         raise _trouble(response, answer, token)
     try:
         link: str = answer["links"]["download"]
-        origin(link)
-        requests.Request("GET", link).prepare()
+        origin(str(requests.Request("GET", link).prepare().url))
     except (LookupError, ValueError, AttributeError, TypeError):
         raise OrderFailed("GraFx says finished, but gives no download link", 200) from None
-    response = _get(http, link, base_url, token, "*/*")
+    response = _get(http, link, base_url, token)
     if response.status_code == 410:
         _body(http, response)
         raise OrderFailed("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
@@ -354,25 +353,30 @@ def order_done(
     return True
 
 
-def _get(http: Connections, url: str, base_url: str, token: DangerousToken, accept: str) -> requests.Response:
+def _get(http: Connections, url: str, base_url: str, token: DangerousToken) -> requests.Response:
     """GET, redirects followed; the token goes along to `base_url`'s own server and nowhere else.
 
     Raises AskAgainLater.
     """
     home, refused = origin(base_url), None
-    for _ in range(REDIRECTS + 2):
-        headers = {"Accept": accept}
+    for _ in range(REDIRECTS + 3):  # and a change to https, and a new token
         try:
-            where = origin(url)
+            # Compared is what requests made of the address, since that is where it connects to:
+            # it and urlsplit do not agree on whose "http://one\\@two/" is.
+            request = requests.Request("GET", url, HEADERS).prepare()
+            where = origin(str(request.url))
         except ValueError:
             raise AskAgainLater("redirected to what is no http address") from None
         if home[0] == "https" and where[:2] == ("http", home[1]) and where[2] in (80, home[2]):
-            where = home  # a server behind a TLS proxy may not know that it is
-            url = urlsplit(url)._replace(scheme="https", netloc=urlsplit(base_url).netloc).geturl()
+            # A server behind a TLS proxy may not know that it is.
+            url = (
+                urlsplit(str(request.url))._replace(scheme="https", netloc=urlsplit(base_url).netloc).geturl()
+            )
+            continue
         if where == home:
             current = token.get(http, refused)
-            headers["Authorization"] = f"Bearer {current.value}"
-        response = _send(http, "GET", url, headers, home=where == home)
+            request.headers["Authorization"] = f"Bearer {current.value}"
+        response = _send(http, request, home=where == home)
         if response.status_code == 401 and where == home:
             _body(http, response)
             if refused:

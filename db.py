@@ -364,7 +364,9 @@ def end_orders(
 
     def edit(store: Store) -> bool:
         gone = {*delivered, *failed} & store.orders.keys()
-        records = store.data.setdefault("failed", {})
+        records = (
+            store.data.setdefault("failed", {}) if gone & failed.keys() else store.data.get("failed", {})
+        )
         for task_id in gone:
             records.pop(task_id, None)
             if task_id in failed:

@@ -715,4 +715,5 @@ def main() -> int:
 if __name__ == "__main__":
     code = main()
     logging.shutdown()
+    sys.stdout.flush()
     os._exit(code)  # a thread that still hangs somewhere must not hold up the end
