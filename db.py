@@ -287,6 +287,7 @@ def _change(path: Path | None, edit: Callable[[Store], bool], patience: float = 
                     os.fsync(file.fileno())
                     # An editor knows nothing of the lock. What it saves after this look is lost.
                     if version(path) != store.version:
+                        temp.unlink()
                         continue
                     temp.replace(path)
                     sync_folder(path.parent)

@@ -10,6 +10,7 @@ import stat
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ class Asker:
         assert self.files() == []
         said = f"{raised.value} {raised.value!r}"
         assert "\n" not in said
-        assert not [secret for secret in (*self.grafx.tokens, self.grafx.client_secret) if secret in said]
+        assert not [
+            secret for secret in (*self.grafx.tokens, self.grafx.client_secret) if secret[:40] in said
+        ]
         return raised.value
 
     def files(self) -> list[str]:
@@ -75,7 +78,7 @@ def ask(server: Sandbox, tmp_path: Path) -> Asker:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_finished_task_is_delivered_byte_for_byte(ask: Asker, kind: str) -> None:
-    task = ask.grafx.add(kind, size=300_000, questions=2)
+    task = ask.grafx.add(kind, size=100_000 if kind == "gif" else 300_000, questions=2)
     assert [ask(task), ask(task), ask.files()] == [False, False, []]
     seen: list[tuple[int, int | None]] = []
     assert ask(task, progress=lambda done, total: seen.append((done, total))) is True
@@ -83,7 +86,7 @@ def test_a_finished_task_is_delivered_byte_for_byte(ask: Asker, kind: str) -> No
     whole = ask.grafx.body(task)
     assert (ask.folder / ask.files()[0]).read_bytes() == whole
     assert seen == sorted(seen)
-    assert len(seen) > 2
+    assert len(seen) > 1
     assert seen[-1] == (len(whole), len(whole))
     assert [request.status for request in ask.asked("task")] == [204, 204, 200]
     assert all(r.headers["Authorization"] == f"Bearer {ask.grafx.tokens[0]}" for r in ask.grafx.requests[1:])
@@ -128,6 +131,7 @@ FAILED, LATER = chili.OrderFailed, chili.AskAgainLater
         ({}, ("html", {}), FAILED),
         ({}, ("other-json", {}), FAILED),
         ({}, ("empty", {}), FAILED),
+        ({"body": b""}, ("octet", {}), FAILED),
         ({}, ("cut", {}), FAILED),
         ({"size": 300_000}, ("cut", {}), FAILED),
         ({}, ("length-short", {}), FAILED),
@@ -233,14 +237,19 @@ def test_a_full_disk_is_not_the_orders_fault(ask: Asker) -> None:
             for link in ("not a link", "", None, 5, {}, "ftp://127.0.0.1/x", "file:///etc/passwd", "/x", "http://",
                          "http://[::1", "http://127.0.0.1:port/", "http://127.0.0.1:99999/", "http://a b/")
         ),
-        *(("task", "other-json", {"value": value}, 200) for value in ([], None, 5, {"links": []}, {"links": None})),
+        *(
+            ("task", "other-json", {"value": value}, 200)
+            for value in ([], None, 5, {"links": []}, {"links": None})
+        ),
         ("task", "html", {}, 200),
         ("task", "empty", {}, 200),
         ("task", "cut-json", {}, 200),
         ("task", "huge", {"size": TOO_LONG}, 200),
     ],
 )  # fmt: skip
-def test_answers_that_speak_of_the_order(ask: Asker, what: str, fault: str, options: Any, status: int) -> None:
+def test_answers_that_speak_of_the_order(
+    ask: Asker, what: str, fault: str, options: Any, status: int
+) -> None:
     task = ask.grafx.add()
     ask.grafx.fault(what, fault, **options)
     error = ask.fails(task)
@@ -416,7 +425,7 @@ def test_no_token_is_no_orders_fault(ask: Asker, fault: str, options: Any) -> No
     ask.grafx.fault("token", fault, **options)
     error = ask.fails(task)
     assert isinstance(error, LATER)
-    assert error.shared or fault == "reset"
+    assert error.shared
     assert not isinstance(error, chili.CredentialsRefused)
     assert "lines" not in str(error)
     for request in ask.asked("elsewhere"):
@@ -445,8 +454,14 @@ def test_it_stands_nowhere(ask: Asker, caplog: pytest.LogCaptureFixture) -> None
     assert ask(task)
     assert "/output/tasks/" in caplog.text
     (secret,) = ask.grafx.tokens
-    shown = (caplog.text, repr(ask.token), repr(ask.token.get(ask.http)), str(os.environ), repr(error.__cause__))
-    assert not [text for text in shown if secret in text]
+    shown = (
+        caplog.text,
+        repr(ask.token),
+        repr(ask.token.get(ask.http)),
+        str(os.environ),
+        repr(error.__cause__),
+    )
+    assert not [text for text in shown if secret[:40] in text]
 
 
 def hosts(grafx: Sandbox) -> tuple[str, str]:
@@ -475,10 +490,8 @@ def test_a_link_elsewhere_is_followed_without_it(ask: Asker, link: str, followed
         assert ask(task)
         assert len(ask.asked("elsewhere")) == 1
     else:  # what it means is anybody's guess
-        try:
+        with suppress(FAILED, LATER):
             ask(task)
-        except (FAILED, LATER):
-            pass
     for request in ask.asked("elsewhere"):
         assert "Bearer" not in str(request.headers)
         assert ask.grafx.tokens[0] not in str(request)
@@ -494,8 +507,8 @@ def test_a_redirect_elsewhere_is_followed_without_it(ask: Asker, code: int) -> N
 
     other = ask.grafx.add()
     ask.grafx.fault("task", "redirect-away", code=code)
-    ask_failed = pytest.raises((FAILED, LATER), ask, other)  # a picture is no answer
-    assert ask_failed
+    with pytest.raises((FAILED, LATER)):
+        ask(other)  # a picture is no answer
     assert "Authorization" not in ask.asked("elsewhere")[1].headers
 
 
@@ -567,7 +580,7 @@ def test_proxies_from_the_environment(
     home: Home, grafx: Sandbox, tls: Sandbox, certificate: Path, relay: type[Relay]
 ) -> None:
     proxy = relay()
-    for sandbox, variable, method in ((grafx, "HTTP_PROXY", "GET"), (tls, "https_proxy", "CONNECT")):
+    for sandbox, variable, method in ((grafx, "HTTP_PROXY", "POST http://"), (tls, "https_proxy", "CONNECT")):
         for excepted in ("", "127.0.0.1"):
             proxy.asked.clear()
             task = sandbox.add()
@@ -576,4 +589,5 @@ def test_proxies_from_the_environment(
             ended = home.run("--once", **sandbox.settings(home.folder), **env)
             assert ended.process.returncode == 0, ended.log()
             assert (home.orders / f"{task}.png").read_bytes() == sandbox.body(task)
-            assert any(asked.startswith(method) for asked in proxy.asked) is not bool(excepted)
+            assert bool(proxy.asked) is not bool(excepted)
+            assert all(asked.startswith(method) for asked in proxy.asked)

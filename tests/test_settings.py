@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -241,7 +242,7 @@ def test_once_asks_about_a_failure_three_times_2_s_apart(home: Home) -> None:
     for task in (failed, passing):
         times = [r.time for r in home.grafx.requests if r.what == "task" and r.task_id == task]
         assert len(times) == 3
-        assert all(1.9 < after - before < 20 for before, after in zip(times, times[1:], strict=False))
+        assert all(1.9 < after - before < 20 for before, after in pairwise(times))
 
 
 @pytest.mark.parametrize("fault", ["status-503", "close"])

@@ -1,0 +1,51 @@
+"""The house as it was drawn, and the README's promises about itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+
+from conftest import ROOT
+
+TOP = "poller.py chili.py db.py database.json orders .env.example requirements.txt tests README.md".split()
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_top_level_is_as_drawn() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    names = {name.partition("/")[0] for name in tracked if name}
+    assert {name for name in names if not name.startswith(".")} == set(TOP) - {".env.example"}
+    assert ".env.example" in names
+
+
+def test_at_run_time_there_are_two_packages_both_pinned() -> None:
+    lines = (ROOT / "requirements.txt").read_text().split()
+    assert [re.sub(r"==[0-9.]+$", "", line) for line in lines] == ["requests", "python-dotenv"]
+    assert all("==" in line for line in lines)
+
+
+def test_the_shipped_database_is_empty() -> None:
+    committed = subprocess.run(
+        ["git", "show", "HEAD:database.json"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert json.loads(committed.stdout) == {"orders": {}, "failed": {}}
+
+
+def test_every_setting_stands_in_the_readme_and_in_the_example() -> None:
+    named = set(re.findall(r'"([A-Z]+(?:_[A-Z]+)*)"', (ROOT / "poller.py").read_text()))
+    named |= {"DATABASE"}
+    named -= {"FRONT_ID", "FRONT_SECRET", "JOURNAL_STREAM", "NOTIFY_SOCKET", "READY", "TASK_ID", "PROJECT_ID"}
+    named -= {"ORDER_FILE", "MB", "DEBUG", "INFO", "WARNING", "WRONG", "GET"}
+    example = (ROOT / ".env.example").read_text()
+    assert {"SERVER_ID", "BASEURL", "POLL_INTERVAL", "ON_DONE"} <= named
+    for name in named:
+        assert f"`{name}`" in README, name
+        assert name in example, name
+
+
+def test_both_commands_of_the_readme_set_up_and_run() -> None:
+    setup = "python3 -m venv .venv && .venv/bin/pip install -r "
+    assert f"{setup}requirements.txt && .venv/bin/python tests/sandbox.py\n" in README
+    assert f"{setup}tests/requirements.txt && .venv/bin/python -m pytest\n" in README
+    assert "test_command" in (ROOT / ".ci" / "run").read_text()
