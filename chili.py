@@ -175,7 +175,7 @@ def _reason(error: BaseException) -> str:
         causes = (*error.args, getattr(error, "reason", None), error.__cause__)
         inner = next((cause for cause in causes if isinstance(cause, BaseException)), None)
     text = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error)
-    return " ".join(str(text).split()) or type(error).__name__
+    return _plain(str(text)) or type(error).__name__
 
 
 def _pieces(http: Connections, response: requests.Response) -> Iterator[bytes]:
@@ -252,7 +252,7 @@ class DangerousToken:
         self._lock = threading.Lock()
         self._token: _Token | None = None
         self._error: tuple[float, AskAgainLater] | None = None
-        self._issued: deque[str] = deque(maxlen=16)  # what scrub knows
+        self.issued: deque[str] = deque(maxlen=16)  # what scrub knows
 
     def get(self, http: Connections, refused: _Token | None = None) -> _Token:
         """The token, fetched where there is none, where its end is near, or where it was `refused`.
@@ -262,20 +262,20 @@ class DangerousToken:
         began = time.monotonic()
         with self._lock:
             if self._error and began < self._error[0]:
-                raise self._error[1]  # another thread's try failed while this one waited for its turn
+                raise self._error[1]  # failed while this thread waited for its turn, or is to be left alone
             token = self._token
             # By identity: the endpoint caches, so that a new fetch may bring the same text again.
             if token is None or token is refused or time.monotonic() >= token.renew:
                 try:
                     token = self._token = self._fetch(http)
                 except AskAgainLater as error:
-                    self._error = (time.monotonic(), error)
+                    self._error = (time.monotonic() + (error.pause or 0.0), error)
                     raise
             return token
 
     def scrub(self, text: str) -> str:
         """`text` without token and secret, which a server may echo."""
-        for secret in (self._secret, *self._issued):
+        for secret in (self._secret, *self.issued):
             text = text.replace(secret, "[secret]")
         return text
 
@@ -305,7 +305,7 @@ class DangerousToken:
             )
         if not isinstance(lasts, (int, float)) or not 0 < lasts < 1e9:
             lasts = 3600  # where it ends earlier, a 401 tells
-        self._issued.append(value)
+        self.issued.append(value)
         return _Token(value, time.monotonic() + lasts - min(TOKEN_MARGIN, lasts / 2))
 
 
@@ -404,8 +404,11 @@ def _trouble(
 
 def one_line(said: Any, token: DangerousToken) -> str:
     """A server's words, fit for a log: one line, no control characters, no secret, not too long."""
-    text = "".join(char if char.isprintable() else " " for char in token.scrub(str(said)))
-    return " ".join(text.split())[:500]
+    return _plain(token.scrub(str(said)))
+
+
+def _plain(text: str) -> str:
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:500]
 
 
 # --- the file --------------------------------------------------------------------------------
@@ -447,8 +450,11 @@ def _save(
             os.fsync(file.fileno())
         temp.replace(orders_dir / f"{task_id}.{extension}")
         _sync_folder(orders_dir)
+    except OrderFailed:
+        http.close()  # if its length was a lie, the rest would come as the next answer
+        raise
     except OSError as error:
-        raise AskAgainLater(f"cannot write to {orders_dir}: {error.strerror}", shared=True) from None
+        raise _unwritable(orders_dir, error) from None
     finally:
         with contextlib.suppress(OSError):
             temp.unlink()
@@ -472,8 +478,16 @@ def _extension(content_type: str, first: bytes, last: bytes) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+    """Make renames in `folder` survive a power cut. Raises AskAgainLater."""
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> AskAgainLater:
+    return AskAgainLater(f"cannot write to {folder}: {error.strerror}", shared=True)

@@ -88,6 +88,14 @@ _MARK = f"\0{uuid.uuid4().hex} "
 _MARKED = re.compile(rf'"\\u0000{_MARK[1:]}([^"]*)"')
 
 
+class _Float(str):
+    def __new__(cls, text: str) -> _Float:
+        return super().__new__(cls, _MARK + text)
+
+    def __str__(self) -> str:
+        return self[len(_MARK) :]
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> Fields:
     found: Fields = {}
     for key, value in pairs:
@@ -105,7 +113,7 @@ def _parse(raw: bytes) -> Fields:
     text = raw.decode("utf-8-sig")
     if not text.strip():
         return {"orders": {}, "failed": {}}
-    data = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json, parse_float=_MARK.__add__)
+    data = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json, parse_float=_Float)
     if not isinstance(data, dict) or not isinstance(data.get("failed", {}), dict):
         raise ValueError('it must be an object, and so must its "failed"')
     return data
@@ -261,8 +269,8 @@ def lock(path: Path, name: str, patience: float) -> TextIO:
 def take_note(lock: TextIO, note: str) -> None:
     """Write into a held lock whose it is, and the poller's note for `db.py list`."""
     with contextlib.suppress(OSError):  # it is for people; the lock itself is the kernel's
-        lock.truncate(0)
-        print(os.getpid(), note, file=lock, flush=True)
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"{os.getpid()} {note}\n".encode())  # unbuffered: nothing is left for close
 
 
 def _change(path: Path | None, edit: Callable[[Store], bool], patience: float = 10) -> Store:
@@ -322,7 +330,8 @@ def sync_folder(folder: Path) -> None:
 
 def get_orders(path: Path | None = None) -> dict[str, Fields]:
     """The waiting orders: task id to its fields (`projectID`, `added`, …)."""
-    return read(path or default_path()).orders
+    orders: dict[str, Fields] = json.loads(_text(read(path or default_path()).orders))
+    return orders
 
 
 def add_order(task_id: str, project_id: str | None = None, path: Path | None = None) -> bool:
@@ -431,7 +440,7 @@ def _list(path: Path) -> None:
     with contextlib.suppress(OSError):
         note = path.with_name(f".{path.name}.pid").read_text().partition(" ")[2].strip()
         if note:
-            print(f"the poller says: {note}")
+            print(f"the poller said last: {note}")
     for item in store.strange:
         print(f"not a task id, left alone: {' '.join(item.split())}")
 
@@ -449,6 +458,7 @@ def main() -> int:
     which.add_argument("task_id", metavar="TASK_ID", nargs="?", help="one failed order")
     which.add_argument("--all", action="store_true", help="all of them")
     given = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what a terminal cannot show
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `db.py list | head` is no error
     try:
         if given.command == "add":

@@ -126,8 +126,10 @@ def load_settings() -> Settings:
         except ValueError as error:
             wrong.append(f"ON_DONE cannot be split into words ({error}): close its quotes")
             return []
+        if words and "/" in words[0]:
+            words[0] = str(db.HERE / words[0])
         if words and not shutil.which(words[0]):
-            wrong.append(f"ON_DONE: there is no command {words[0]}: install it, or write its whole path")
+            wrong.append(f"ON_DONE: {words[0]} cannot be found or run: install it, or write its whole path")
         return words
 
     settings = Settings(
@@ -161,7 +163,9 @@ def is_loopback(host: str) -> bool:
 
 def prepare_folder(orders_dir: Path) -> None:
     """Make the folder where it is missing, and see that a file can be made. Raises OSError."""
-    orders_dir.mkdir(exist_ok=True)
+    if not orders_dir.is_dir():
+        orders_dir.mkdir()
+        db.sync_folder(orders_dir.parent)
     trial = orders_dir / ".trial.part"
     trial.touch()
     trial.unlink()
@@ -240,7 +244,7 @@ class Order:
     failures: int = 0  # answers in a row that speak of a failed order
     troubles: int = 0  # in a row: it could not be asked
     trouble: str = ""  # what it waits on, as logged
-    unhanded: float = 0.0  # since when ON_DONE fails for its file
+    unhanded: float = 0.0  # `time.time()` of its file, where ON_DONE failed for it
     size: int = 0  # bytes of its file that are here
     total: int | None = None
     logged: float = 0.0  # when it was asked about, or its progress was logged
@@ -289,7 +293,7 @@ class Poller:
         self.shared: dict[str, set[str]] = {}  # what stands in every order's way: the orders that met it
         self.troubles = 0  # the same in a row, for the growing pauses
         self.looked = self.written = self.told = self.paused_until = 0.0
-        self.accepted = self.stopping = False  # accepted: GraFx took the credentials, at least once
+        self.stopping = False
         self.since = self.last = self.said = self.noted = ""  # what `tell` tells
         self.exit_code = 0
 
@@ -397,6 +401,7 @@ class Poller:
             order.task_id, settings.base_url, settings.environment, self.token,
             self.http, settings.orders_dir, order.progress,
         )  # fmt: skip
+        order.total = order.size  # nothing of it is under way now
         if done and settings.on_done:
             self.hand_over(order)
         return done
@@ -421,12 +426,13 @@ class Poller:
         del self.asking[task_id]
         order.size = 0
         if isinstance(answer, Exception) and not isinstance(answer, (chili.OrderFailed, chili.AskAgainLater)):
-            log.error("%s: nobody foresaw this, please report it", task_id, exc_info=answer)
-            answer = chili.AskAgainLater(f"{type(answer).__name__}, see above")
+            error, answer = answer, chili.AskAgainLater(f"{type(answer).__name__}, which nobody foresaw")
+            if order.trouble != str(answer):
+                log.error("%s: nobody foresaw this, please report it", task_id, exc_info=error)
         if isinstance(answer, chili.AskAgainLater):
             self.later(order, answer)
             return
-        self.accepted, self.troubles, order.troubles = True, 0, 0
+        self.troubles = order.troubles = 0
         self.over(order)
         # So a file is here at most a quarter of its render time (and 2 s) after it is ready,
         # and an order that renders for an hour is not asked about 1,800 times.
@@ -468,7 +474,7 @@ class Poller:
         """The order could not be asked about, or not be delivered, through no fault of its own."""
         if self.stopping:
             return
-        if isinstance(error, chili.CredentialsRefused) and not self.accepted:
+        if isinstance(error, chili.CredentialsRefused) and not self.token.issued:
             log.error("%s", error)
             self.exit_code, self.stopping = EX_CONFIG, True
             return
@@ -482,7 +488,8 @@ class Poller:
             self.over(order)
             order.trouble = str(error)
             if not error.shared:
-                log.warning("%s waits: %s", order.task_id, error)
+                pause = f"; GraFx wants a pause of {error.pause:.0f} s for all" if error.pause else ""
+                log.warning("%s waits: %s%s", order.task_id, error, pause)
             elif order.trouble not in self.shared:
                 log.warning("all orders wait: %s", error)
                 self.since = self.since or time.strftime("%Y-%m-%d %H:%M:%S")
@@ -528,20 +535,25 @@ class Poller:
 
     def complain(self, what: str, problem: str) -> None:
         """Log once what is wrong with database.json, and once that it is over."""
-        before = self.complaints.get(what, "")
-        if problem and problem != before:
-            log.error("%s", problem)
-        elif before and not problem:
-            log.info("over: %s", before)
+        before = set(self.complaints.values())  # reading and writing mostly fail alike
         self.complaints[what] = problem
+        now = set(self.complaints.values())
+        for text in now - before - {""}:
+            log.error("%s", text)
+        for text in before - now - {""}:
+            log.info("over: %s", text)
 
     # --- ON_DONE
 
     def hand_over(self, order: Order) -> None:
         """Run ON_DONE for a delivered file. Raises NotHandedOver unless it ends with 0."""
-        file = chili.find_file(self.settings.orders_dir, order.task_id)
-        if file is None:
-            raise NotHandedOver("its file was taken away before ON_DONE could have it")
+        if self.stopping:
+            raise NotHandedOver("the poller stops")
+        try:
+            file = chili.find_file(self.settings.orders_dir, order.task_id) or Path()
+            arrived = file.stat().st_mtime  # the hour for `tell` goes on after a restart
+        except OSError:
+            raise NotHandedOver("its file was taken away before ON_DONE could have it") from None
         words = [word.replace("{}", str(file)) for word in self.settings.on_done]
         if words == self.settings.on_done:
             words.append(str(file))
@@ -554,33 +566,38 @@ class Poller:
                 text=True, errors="replace", start_new_session=True,
             )  # fmt: skip
         except (OSError, ValueError) as error:
-            self.said, order.unhanded = str(error), order.unhanded or time.monotonic()
+            self.said, order.unhanded = str(error), arrived
             raise NotHandedOver(f"ON_DONE cannot be run: {error}") from None
         self.children.add(process)
 
         def listen() -> None:
             for line in iter(lambda: process.stdout.readline(2000) if process.stdout else "", ""):
-                last[0] = chili.one_line(line, self.token)
-                log.info("%s: ON_DONE says: %s", order.task_id, last[0])
+                if said := chili.one_line(line, self.token):
+                    last[0] = said
+                    log.info("%s: ON_DONE says: %s", order.task_id, said)
 
         # A thread: what the command leaves running may keep the pipe open, and is not waited for.
         listener = threading.Thread(target=listen, daemon=True)
         listener.start()
         try:
             code = process.wait(self.settings.on_done_timeout)
-            end = f"ended with {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+            end = (
+                f"ended with {code}"
+                if code >= 0
+                else f"was ended by signal {-code} ({signal.strsignal(-code)})"
+            )
         except subprocess.TimeoutExpired:
             code, end = -1, f"took longer than {self.settings.on_done_timeout:g} s"
             kill(process, signal.SIGKILL)
             process.wait()
         finally:
             self.children.discard(process)
-        listener.join(1.0)
-        log.log(logging.WARNING if code else logging.INFO, "%s: ON_DONE %s", order.task_id, end)
         if code or self.stopping:
             kill(process, signal.SIGKILL)  # what it left running
+        listener.join(1.0)
+        log.log(logging.WARNING if code else logging.INFO, "%s: ON_DONE %s", order.task_id, end)
         if code:
-            self.said, order.unhanded = last[0] or end, order.unhanded or time.monotonic()
+            self.said, order.unhanded = last[0] or end, arrived
             raise NotHandedOver(f"ON_DONE {end}")
 
     # --- telling
@@ -591,20 +608,20 @@ class Poller:
         if now < self.told + (0.2 if self.screen.terminal else LOOK):
             return
         ready, self.told = "" if self.told else "READY=1\n", now
-        loading = [order for order in self.asking.values() if order.size]
+        loading = [order for order in self.asking.values() if order.size not in (0, order.total)]
         status = f"{len(self.orders) - ('' in self.orders)} waiting, {len(loading)} downloading"
         status += f", {self.failed_before} failed, last delivery {self.last or 'none yet'}"
         if self.shared:
             status += f"; all orders wait since {self.since}: {next(iter(self.shared))}"
-        late = now - UNHANDED
+        late = time.time() - UNHANDED
         unhanded = [order for order in self.orders.values() if 0 < order.unhanded < late]
         note = f"{len(unhanded)} wait for ON_DONE, which said: {self.said}" if unhanded else ""
         if note != self.noted:
             self.noted = note
             db.take_note(self.lock, note)
-        status += note and f"; {note}"
-        notify(f"{ready}WATCHDOG=1\nSTATUS={status}")  # from the loop itself, so only while it turns
-        self.screen.show(" | ".join([status, *(f"{order.task_id[:8]} {order}" for order in loading)]))
+        parts = [*filter(None, [note]), status]
+        notify(f"{ready}WATCHDOG=1\nSTATUS={'; '.join(parts)}")  # from the loop, so only while it turns
+        self.screen.show(" | ".join([*parts, *(f"{order.task_id[:8]} {order}" for order in loading)]))
         for order in loading:
             if not self.screen.terminal and now >= order.logged + PROGRESS:
                 order.logged = now
@@ -629,7 +646,6 @@ class Poller:
         with contextlib.suppress(OSError):
             chili.remove_leftovers(self.settings.orders_dir)
         self.screen.show("")
-        db.take_note(self.lock, "")
         log.info("stopped, %d waiting", len(self.orders) - ("" in self.orders))
         return self.exit_code
 

@@ -30,6 +30,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import signal
 import socket
 import socketserver
@@ -192,9 +193,7 @@ class File:
 Body = bytes | File
 
 
-@cache
-def noise() -> bytes:
-    return secrets.token_bytes(MIB)
+NOISE = secrets.token_bytes(MIB)
 
 
 @cache
@@ -310,7 +309,9 @@ def pieces(body: Body) -> Iterator[bytes]:
     yield head
     around, _ = ROOM[body.kind]
     for number, size in enumerate(sizes):  # numbered, so that pieces that change places change the file
-        yield skipped(body.kind, (struct.pack(">Q", number) + noise()[8:])[: size - around])
+        yield skipped(
+            body.kind, (struct.pack(">Q", number) + NOISE[8 : max(8, size - around)])[: size - around]
+        )
     yield tail
 
 
@@ -1034,22 +1035,29 @@ def stop(poller: subprocess.Popen[bytes]) -> None:
 def summarize(grafx: Sandbox, folder: Path, orders: dict[str, str], bad: set[str]) -> bool:
     """Print what became of the orders. Returns whether it is what had to become of them."""
     state = read_state(folder / "database.json") or {"orders": {}, "failed": {}}
-    files = sorted(path for path in (folder / "orders").rglob("*") if path.is_file())
-    found = {hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files, handed_over = (
+        {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(place.iterdir())}
+        for place in (folder / "orders", folder / "handed-over")
+    )
     wanted = {task_id: grafx.sha256(task_id) for task_id in orders if task_id not in bad}
-    missing = [task_id for task_id, digest in wanted.items() if digest not in found]
+    missing = [task_id for task_id, digest in wanted.items() if digest not in files.values()]
+    waiting = [task_id for task_id, digest in wanted.items() if digest not in handed_over.values()]
 
     print(f"\nDelivered: {len(wanted) - len(missing)} of {len(wanted)}")
     for task_id in missing:
         print(f"  missing, or not the file that was sent: {task_id} ({orders[task_id]})")
+    print(f"Handed over by ON_DONE: {len(wanted) - len(waiting)} of {len(wanted)}")
+    for task_id in waiting:
+        print(f"  not handed over: {task_id} ({orders[task_id]})")
     print(f"Failed: {len(state['failed'])}, expected {len(bad)}")
     for task_id, entry in state["failed"].items():
         reason = entry.get("error") if isinstance(entry, dict) else None
         print(f"  {task_id} ({orders.get(task_id, 'not ours')}): {reason or json.dumps(entry)}")
-    print(f"The files are in {folder / 'orders'}")
+    print(f"The files are in {folder / 'orders'}, and copies in {folder / 'handed-over'}")
     for path in files:
         print(f"  {path.stat().st_size:>9,}  {path.relative_to(folder / 'orders')}")
-    return not missing and set(state["failed"]) == bad and not state["orders"] and len(files) == len(wanted)
+    whole = not missing and not waiting and len(files) == len(handed_over) == len(wanted)
+    return whole and set(state["failed"]) == bad and not state["orders"]
 
 
 def run_poller() -> int:
@@ -1060,9 +1068,12 @@ def run_poller() -> int:
         print(f"{len(orders)} orders are in {folder / 'database.json'}:")
         for task_id, what in orders.items():
             print(f"  {task_id}  {what}")
+        (folder / "handed-over").mkdir()
+        on_done = f"cp {{}} {shlex.quote(str(folder / 'handed-over'))}"
+        print(f"Each file goes on to ON_DONE={on_done}")
         print("Now the poller. Ctrl-C stops both.\n", flush=True)
 
-        environment = os.environ | grafx.settings(folder) | {"POLL_INTERVAL": "5"}
+        environment = os.environ | grafx.settings(folder) | {"POLL_INTERVAL": "5", "ON_DONE": on_done}
         poller = subprocess.Popen([sys.executable, POLLER.name], cwd=POLLER.parent, env=environment)
         try:
             trouble = watch(poller, folder / "database.json")

@@ -20,11 +20,11 @@ CALLS = "openat,write,fsync,fdatasync,rename,renameat,renameat2,unlink,mkdir,mkd
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    print(kills(tmp_path, 18, SEED))
+    print(kills(tmp_path, 15, SEED))
 
 
 def test_memory_and_descriptors_do_not_grow(tmp_path: Path) -> None:
-    early, late, summary = endurance(tmp_path, 1500, 500)
+    early, late, summary = endurance(tmp_path, 1200, 400)
     print(summary)
     assert late[0] <= early[0] + 2 * MIB, summary
     assert late[1] <= early[1], summary
@@ -97,7 +97,9 @@ def whole_before_its_name(calls: list[Call], to: Path) -> Call:
     before = [call for call in calls if call.ended < rename.began]
     last_write = find(calls, "write", lambda text: f"<{temp}>" in text, f"written to {temp}")[-1]
     assert synced(before, temp)[-1].began > last_write.ended, f"{temp} is written to after its fsync"
-    assert not [call for call in calls if call.name == "openat" and f'"{to}"' in call.text and "O_WR" in call.text]
+    assert not [
+        call for call in calls if call.name == "openat" and f'"{to}"' in call.text and "O_WR" in call.text
+    ]
     return rename
 
 
@@ -110,14 +112,14 @@ def test_order_of_the_writes(home: Home, grafx: Sandbox) -> None:
     assert not home.waiting()
     named = whole_before_its_name(calls, home.orders / f"{task_id}.png")
     replaced = whole_before_its_name(calls, home.database)
-    assert any(named.ended < call.began and call.ended < replaced.began for call in synced(calls, home.orders)), (
-        "the order leaves database.json before its file's name is on the disk"
-    )
+    assert any(
+        named.ended < call.began and call.ended < replaced.began for call in synced(calls, home.orders)
+    ), "the order leaves database.json before its file's name is on the disk"
     assert synced(calls, home.folder)[-1].began > replaced.ended, "database.json's folder is not synced"
     made = find(calls, "mkdir|mkdirat", lambda text: f'"{home.orders}"' in text, "made the orders folder")[0]
-    assert any(made.ended < call.began and call.ended < replaced.began for call in synced(calls, home.folder)), (
-        "a power cut can take the new orders folder, with all that is in it"
-    )
+    assert any(
+        made.ended < call.began and call.ended < replaced.began for call in synced(calls, home.folder)
+    ), "a power cut can take the new orders folder, with all that is in it"
 
 
 def test_order_of_the_writes_after_a_kill(home: Home, grafx: Sandbox) -> None:

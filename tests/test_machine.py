@@ -1,0 +1,444 @@
+"""The machine fails the poller: it lives, says so once, and goes on when that is over. It tells no secrets.
+
+All cases run first, side by side, since most of what they do is wait; a test for each then says what came.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import quote
+
+import psutil
+import pytest
+from conftest import QUICK, Home, Running, eventually
+from sandbox import FAULTS, Sandbox
+
+import chili
+
+BEFORE = QUICK
+# For root no permission counts, so it gives up what makes it root; its files stay its own.
+if os.geteuid() == 0 and sys.platform.startswith("linux"):
+    BEFORE += (
+        "; import ctypes; ctypes.CDLL(None).capset("
+        "(ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())"
+    )
+SOME_PASSES = (
+    2.2  # seconds; it tries again at least once a second, and a slower machine only makes fewer passes
+)
+Mend = Callable[[], object]
+
+
+def asked(home: Home, what: str) -> int:
+    return sum(request.what == what for request in home.grafx.requests)
+
+
+def well(home: Home, poller: Running, *task_ids: str) -> None:
+    """All are delivered, and the poller still is the process that it was, with nothing unforeseen."""
+    eventually(lambda: not home.waiting() or poller.process.poll() is not None)
+    assert poller.stop() == 0, poller.log()
+    assert not home.waiting(), poller.log()
+    assert not home.failed()
+    for task_id in task_ids:
+        assert (home.orders / f"{task_id}.png").read_bytes() == home.grafx.body(task_id)
+    assert "Traceback" not in poller.log(), poller.log()
+    assert "unforeseen" not in poller.log(), poller.log()
+    assert not [name for name in home.files() if name.startswith(".")]
+
+
+def said_once(poller: Running, pattern: str, most: int = 1) -> None:
+    """Each thing once, and once that it is over."""
+    lines = [line[20:] for line in poller.log().splitlines() if re.search(pattern, line)]
+    bad = [line[8:] for line in lines if "over: " not in line]
+    over = [line for line in lines if "over: " in line]
+    assert 1 <= len(bad) <= most, poller.log()
+    assert len(set(bad)) == len(bad), poller.log()
+    assert len(over) == len(bad), poller.log()
+
+
+# --- a full disk ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small(folder: Path) -> Iterator[None]:
+    """The folder becomes a file system of 2 MiB, where one may be mounted."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=755", "tmpfs", str(folder)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip(
+            "a small file system cannot be mounted here; only a limit on the size of files stands for it"
+        )
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Mend:
+    filler = folder / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return filler.unlink
+
+
+def disk_full_for_files(home: Home) -> None:
+    task_ids = [home.grafx.add(size=1_000_000), home.grafx.add()]
+    home.wait_for(*task_ids)
+    with small(home.orders):
+        make_room = fill(home.orders)
+        poller = home.start(before=BEFORE)
+        poller.says("No space left on device")
+        before = asked(home, "download")
+        eventually(lambda: asked(home, "download") >= before + 4)
+        assert home.waiting().keys() == set(task_ids)
+        make_room()
+        well(home, poller, *task_ids)
+        said_once(poller, "No space left on device")
+
+
+def disk_full_for_the_database(home: Home) -> None:
+    task_ids = [home.grafx.add(), home.grafx.add()]
+    disk = home.folder / "disk"
+    disk.mkdir()
+    with small(disk):
+        home.database = disk / "database.json"
+        data = {"orders": {task_id: {} for task_id in task_ids}, "failed": {}, "mine": "x" * 20_000}
+        home.database.write_text(json.dumps(data))
+        before = home.database.read_bytes()
+        (disk / ".database.json.lock").touch()
+        (disk / ".database.json.pid").write_text("99999\n")
+        make_room = fill(disk)
+        poller = home.start(before=BEFORE, DATABASE=str(home.database))
+        poller.says("cannot .*No space left on device")
+        time.sleep(SOME_PASSES)
+        assert home.database.read_bytes() == before
+        make_room()
+        well(home, poller, *task_ids)
+        said_once(poller, "No space left on device")
+        assert {path.name for path in disk.iterdir()} == {f"{lock}database.json{name}" for lock, name in (
+            ("", ""), (".", ".lock"), (".", ".pid"))}  # fmt: skip
+
+
+def file_too_large(home: Home) -> None:
+    """Where nothing may be mounted, this stands for the full disk: a write fails in the middle."""
+    large, beside = home.grafx.add(size=1_000_000), home.grafx.add()
+    home.wait_for(large, beside)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))"
+    poller = home.start(before=f"{BEFORE}; {limit}")
+    poller.says("File too large")
+    before = asked(home, "download")
+    eventually(lambda: asked(home, "download") >= before + 4)
+    assert home.waiting().keys() <= {large}, "another order is held up by it"
+    assert not (home.orders / f"{large}.png").exists()
+    limits(poller, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
+    well(home, poller, large, beside)
+    said_once(poller, "File too large")
+
+
+def limits(poller: Running, limit: int, soft: int) -> None:
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("needs prlimit of Linux to change the limits of a running process: NOT tested")
+    hard = resource.prlimit(poller.process.pid, limit)[1]
+    resource.prlimit(poller.process.pid, limit, (soft, hard))
+
+
+def too_many_open_files(home: Home) -> None:
+    """Nothing can be opened, no file, no folder, no connection; and there are orders at every stage."""
+    small_one, large, here = home.grafx.add(), home.grafx.add(size=1_000_000), home.grafx.add()
+    home.grafx.fault("task", "status-503", times=None)
+    home.wait_for(small_one, large, here)
+    poller = home.start(before=BEFORE)
+    eventually(lambda: {request.task_id for request in home.grafx.requests} >= {small_one, large, here})
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limits(poller, resource.RLIMIT_NOFILE, 3)
+    home.grafx.clear_faults()
+    (home.orders / f"{here}.png").write_bytes(home.grafx.body(here))
+    added = home.grafx.add()
+    home.wait_for(small_one, large, here, added)
+    poller.says("Too many open files")
+    time.sleep(SOME_PASSES)
+    assert home.waiting().keys() == {small_one, large, here, added}
+    limits(poller, resource.RLIMIT_NOFILE, before)
+    well(home, poller, small_one, large, here, added)
+    said_once(poller, "Too many open files", most=6)  # at reading, at writing, at connecting
+
+
+# --- folders and files that go away --------------------------------------------------------------
+
+
+def orders_folder(home: Home, trouble: Callable[[], Mend]) -> None:
+    task_ids = [home.grafx.add(), home.grafx.add()]
+    home.wait_for()
+    poller = home.start(before=BEFORE)
+    eventually(lambda: home.grafx.tokens)
+    mend = trouble()
+    home.wait_for(*task_ids)
+    poller.says(f"cannot .*{home.orders}")
+    time.sleep(SOME_PASSES)
+    assert home.waiting().keys() == set(task_ids)
+    mend()
+    well(home, poller, *task_ids)
+    said_once(poller, re.escape(str(home.orders)))
+
+
+def orders_folder_read_only(home: Home) -> None:
+    def trouble() -> Mend:
+        home.orders.chmod(0o555)
+        return lambda: home.orders.chmod(0o755)
+
+    orders_folder(home, trouble)
+
+
+def orders_folder_closed(home: Home) -> None:
+    def trouble() -> Mend:
+        home.orders.chmod(0)
+        return lambda: home.orders.chmod(0o755)
+
+    orders_folder(home, trouble)
+
+
+def orders_folder_removed(home: Home) -> None:
+    def trouble() -> Mend:
+        home.orders.rmdir()
+        return home.orders.mkdir
+
+    orders_folder(home, trouble)
+
+
+def orders_folder_is_a_file(home: Home) -> None:
+    def trouble() -> Mend:
+        home.orders.rmdir()
+        home.orders.touch()
+        return lambda: (home.orders.unlink(), home.orders.mkdir())
+
+    orders_folder(home, trouble)
+
+
+def database(home: Home, trouble: Callable[[], Mend]) -> None:
+    """It goes away while a file is on its way, so both reading and writing find out."""
+    task_id = home.grafx.add(size=20_000)
+    home.grafx.fault("download", "slow", rate=20_000)
+    home.wait_for(task_id)
+    poller = home.start(before=BEFORE)
+    eventually(lambda: asked(home, "download"))
+    mend = trouble()
+    poller.says(f"{task_id} delivered")
+    poller.says(r"ERROR.*database\.json")
+    time.sleep(SOME_PASSES + 1)
+    mend()
+    well(home, poller, task_id)
+    said_once(poller, r"ERROR.*database\.json|over: ", most=2)
+
+
+def database_unreadable(home: Home) -> None:
+    def trouble() -> Mend:
+        home.database.chmod(0)
+        return lambda: home.database.chmod(0o644)
+
+    database(home, trouble)
+
+
+def database_is_a_folder(home: Home) -> None:
+    def trouble() -> Mend:
+        home.database.rename(home.folder / "kept")
+        home.database.mkdir()
+        return lambda: (home.database.rmdir(), (home.folder / "kept").rename(home.database))
+
+    database(home, trouble)
+
+
+def database_no_json(home: Home) -> None:
+    def trouble() -> Mend:
+        before = home.database.read_text()
+        home.write(before[:-3])
+        return lambda: home.write(before)
+
+    database(home, trouble)
+
+
+def database_in_a_read_only_folder(home: Home) -> None:
+    def trouble() -> Mend:
+        home.folder.chmod(0o555)
+        return lambda: home.folder.chmod(0o755)
+
+    database(home, trouble)
+
+
+def files_taken_away(home: Home) -> None:
+    """Another program moves each file out of the folder as soon as it sees it."""
+    task_ids = [home.grafx.add() for _ in range(100)]
+    away = home.folder / "away"
+    away.mkdir()
+    home.wait_for(*task_ids)
+    poller = home.start(before=BEFORE)
+
+    def take() -> bool:
+        for path in home.orders.glob("[!.]*"):
+            path.rename(away / path.name)
+        return poller.process.poll() is not None or not home.waiting()
+
+    eventually(take)
+    take()
+    well(home, poller)
+    assert {path.stem for path in away.iterdir()} == set(task_ids)
+
+
+def clock_set_back(home: Home) -> None:
+    """All that was written before is from the future then: orders, the file's own time, an error in it."""
+    add = home.grafx.add
+    ready, later, last = add(), add(questions=3), add()
+
+    def write(text: str, when: float) -> None:
+        temp = home.folder / "edited"
+        temp.write_text(text)
+        os.utime(temp, (when, when))
+        temp.replace(home.database)
+
+    future = {"added": "2099-12-31T23:59:59Z"}
+    orders = {ready: future, later: {"added": "9999-12-31T23:59:59.9-23:59"}}
+    write(json.dumps({"orders": orders, "failed": {}}), time.time() + 86400)
+    poller = home.start(before=BEFORE)
+    eventually(lambda: not home.waiting())
+    write('{"orders": ', time.time() + 86400)
+    poller.says("line 1, column 12")
+    write(json.dumps({"orders": {last: {"added": "0001-01-01T00:00:00+23:59"}}, "failed": {}}), 1_000_000_000)
+    well(home, poller, ready, later, last)
+
+
+# --- secrets -------------------------------------------------------------------------------------
+
+
+def forms(secret: str) -> set[str]:
+    """As it may stand somewhere: as it is, in an address, in base64 (with any neighbours)."""
+    found = {secret, quote(secret), quote(secret, safe=""), json.dumps(secret)[1:-1]}
+    for shift in range(3):
+        packed = base64.b64encode(b"x" * shift + secret.encode()).decode()
+        found.add(packed[4 : len(packed) - 4])
+    return found
+
+
+def secrets(home: Home) -> None:
+    """All kinds of trouble at -v, and then a look at everything that was written."""
+    grafx, written = home.grafx, dict[str, str]()
+    signature = "signature-of-a-link-0123456789"
+    orders = []
+    statuses = ["status-401", "status-403", "status-404", "status-500", "status-503"]
+    for what in ("task", "download"):
+        for name in [*FAULTS, *statuses]:
+            task_id = grafx.add(questions=1 if what == "task" else 0)
+            options = {"size": 2 << 20} if name == "huge" else {}
+            grafx.fault(what, name, task_id=task_id, times=3 if name == "echo-token" else 1, **options)
+            orders.append(task_id)
+    for link in (grafx.elsewhere + "/file/{}?sig=", "http://127.0.0.1:9/{}?sig=", "http://nowhere.invalid/{}?sig=",
+                 "http://[::1/{}?sig=", "http://localhost:99999/{}?sig=", "http://a..b/{}?sig="):  # fmt: skip
+        task_id = grafx.add()
+        orders.append(grafx.add(task_id=task_id, link=link.format(task_id) + signature))
+    grafx.fault("token", "echo-token")
+    grafx.fault("token", "redirect-away")
+    grafx.fault("token", "hang")
+    home.wait_for(*orders)
+    quick = QUICK + "; chili.TIMEOUT = (0.5, 0.5); chili.ANSWER_TIME = 0.5"
+    on_done = f"sh -c 'env > {home.folder}/env-$TASK_ID' {{}}"
+    poller = home.start("-v", before=quick, CONCURRENCY="16", ON_DONE=on_done)
+    process = psutil.Process(poller.process.pid)
+    eventually(lambda: len(home.waiting()) < len(orders))  # so the credentials are known to be right
+    written["command line"] = " ".join(process.cmdline())
+    for name in ("echo-token", "cut-json", "html", "status-401", "status-500"):
+        grafx.fault("token", name)
+        grafx.revoke()
+        count = len(grafx.tokens)
+        eventually(lambda count=count: len(grafx.tokens) > count)
+    eventually(lambda: len(home.waiting()) <= 3, str(poller.path))  # three of the links lead nowhere for ever
+    written["list"] = home.db("list").stdout
+    assert poller.stop() in (0, 1), poller.log()
+    assert "Traceback" not in poller.log(), poller.log()
+
+    # Credentials that are refused in words that repeat them.
+    said = json.dumps({"error_description": f"unknown: {grafx.client_secret}"}).encode()
+    grafx.fault("token", "status-401", times=None, body=said, content_type="application/json")
+    for argument in ("--check", "--once"):
+        assert home.run(argument, "-v", before=quick).process.returncode == 78
+    grafx.clear_faults()
+
+    # What another program that imports chili gets to see.
+    token, http = (
+        chili.DangerousToken(grafx.token_url, grafx.client_id, grafx.client_secret),
+        chili.Connections(1),
+    )
+    for what in ("task", "download"):
+        task_id = grafx.add(link=None)
+        grafx.fault(what, "echo-token", task_id=task_id, times=None)
+        with pytest.raises(chili.OrderFailed) as caught:
+            chili.order_done(task_id, grafx.base_url, grafx.environment, token, http, home.orders)
+        written[f"exception of the {what}"] = "".join(traceback.format_exception(caught.value)) + repr(
+            (caught.value, vars(caught.value), token, vars(http))
+        )
+        assert "secret" in written[f"exception of the {what}"], "the echo is gone, and nothing is tested"
+
+    for path in home.folder.rglob("*"):
+        if path.is_file():
+            written[str(path)] = path.name + path.read_text(errors="replace")
+    assert len(grafx.tokens) >= 5
+    assert any("/env-" in name for name in written)
+    for secret in (
+        grafx.client_secret,
+        *grafx.tokens,
+        *(token.rpartition(".")[2] for token in grafx.tokens),
+        signature,
+    ):
+        for form in forms(secret):
+            where = [
+                name for name, text in written.items() if form in text and not name.endswith("database.json")
+            ]
+            assert not where, f"{form[:20]}… stands in {where}"
+        assert secret not in written[str(home.database)]
+
+
+# --- run -----------------------------------------------------------------------------------------
+
+CASES: list[Callable[[Home], None]] = [
+    disk_full_for_files, disk_full_for_the_database, file_too_large, too_many_open_files,
+    orders_folder_read_only, orders_folder_closed, orders_folder_removed, orders_folder_is_a_file,
+    database_unreadable, database_is_a_folder, database_no_json, database_in_a_read_only_folder,
+    files_taken_away, clock_set_back, secrets,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[None]]:
+    def run(case: Callable[[Home], None]) -> None:
+        with Sandbox() as grafx:
+            home = Home(tmp_path_factory.mktemp(case.__name__), grafx)
+            try:
+                case(home)
+            finally:
+                for running in home.pollers:
+                    running.process.kill()
+                    running.process.wait()
+                for folder in (home.folder, home.orders):
+                    with contextlib.suppress(OSError):
+                        folder.chmod(0o755)  # so that pytest can tidy up
+
+    wanted = {item.name for item in request.session.items}  # `pytest -k` may want a few only
+    cases = [case for case in CASES if f"test_machine[{case.__name__}]" in wanted]
+    with Sandbox() as grafx:
+        grafx.body(grafx.add(size=10_000))  # what it pads files with is the same for all from here on
+    with ThreadPoolExecutor(len(cases)) as pool:
+        return {case.__name__: pool.submit(run, case) for case in cases}
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_machine(case: str, ran: dict[str, Future[None]]) -> None:
+    ran[case].result()

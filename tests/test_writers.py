@@ -1,0 +1,444 @@
+"""database.json as many write it at once, and as people leave it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Home, eventually
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sandbox import Sandbox
+
+import db
+
+# --- other writers -------------------------------------------------------------------------------
+
+ADDS = """
+    import sys; sys.path.insert(0, {root!r})
+    import db
+    for task_id in sys.stdin.read().split():
+        assert db.add_order(task_id, "a project")
+"""
+RENAME_EXCHANGE = 2
+
+
+class Editor:
+    """Saves as an editor does: knows nothing of the lock, writes a new file, renames it over the old one.
+
+    It does so by exchanging the two, which looks the same to everybody else and tells what it saved over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not sys.platform.startswith("linux"):
+            pytest.skip("needs renameat2 of Linux to see what an editor saves over: NOT tested")
+        self.path, self.new = path, path.with_name("editor's")
+        self.rename = ctypes.CDLL(None, use_errno=True).renameat2
+
+    def edit(self, change: Callable[[Any], None]) -> list[str]:
+        """Open, type something, save; gives the orders that it saved over, for the person to put back."""
+        seen = self.path.read_bytes()
+        data = json.loads(seen)
+        change(data)
+        self.new.write_text(json.dumps(data, indent=4))
+        if self.rename(-100, bytes(self.new), -100, bytes(self.path), RENAME_EXCHANGE):
+            raise OSError(ctypes.get_errno(), "renameat2")
+        under = self.new.read_bytes()
+        return [] if under == seen else sorted(json.loads(under)["orders"].keys() - data["orders"].keys())
+
+
+def test_many_writers_at_once(home: Home, grafx: Sandbox) -> None:
+    """Four programs add, the poller takes out, and an editor saves over it all."""
+    home.wait_for()
+    poller = home.start(before="poller.LOOK = 0.1")
+    shares = [[grafx.add() for _ in range(number)] for number in (240, 240, 10, 10)]
+    added = [task_id for share in shares for task_id in share]
+    code = textwrap.dedent(ADDS).format(root=str(ROOT))
+    commands = [[sys.executable, "-c", code]] * 2
+    each = 'while read -r id; do "$@" "$id" || exit; done'
+    commands += [["sh", "-c", each, "-", sys.executable, str(ROOT / "db.py"), "add"]] * 2
+    writers = [
+        subprocess.Popen(
+            command, env=home.environment(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        for command in commands
+    ]
+    for writer, share in zip(writers, shares, strict=True):
+        assert writer.stdin
+        writer.stdin.write("\n".join(share) + "\n")
+        writer.stdin.close()
+    editor, typed, saved_over = Editor(home.database), list[str](), 0
+    while any(writer.poll() is None for writer in writers):
+        typed.append(grafx.add())
+        overwritten = editor.edit(lambda data: data["orders"].update({typed[-1]: {}}))
+        saved_over += bool(overwritten)
+        for task_id in overwritten:
+            db.add_order(task_id, path=home.database)
+        time.sleep(0.1)
+    assert [writer.wait() for writer in writers] == [0] * 4
+    eventually(lambda: not home.waiting())
+    assert poller.stop() == 0, poller.log()
+    assert "Traceback" not in poller.log()
+    assert not home.failed()
+    delivered = {Path(name).stem for name in home.files()}
+    lost = [task_id for task_id in typed if task_id not in delivered]
+    print(
+        f"{len(added)} orders added by four programs, none lost; {len(typed)} times saved by an editor, "
+        f"which saved over a change {saved_over} times; what it saved was lost {len(lost)} times"
+    )
+    assert delivered >= set(added), f"{len(set(added) - delivered)} lost"
+    # Between the last look and the rename there is a moment that no program can close. It has to be small.
+    assert len(lost) <= len(typed) / 4, f"{len(lost)} of {len(typed)}"
+
+
+@pytest.mark.parametrize("edits", [1, 3])
+def test_saved_while_a_change_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edits: int) -> None:
+    """An editor saves while the new file is on its way to the disk, the slowest part: it is read again."""
+    path = tmp_path / "database.json"
+    path.write_text('{"orders": {"one": {}, "two": {}}, "failed": {}}')
+    real, typed = os.fsync, list[str]()
+
+    def fsync(fd: int) -> None:
+        real(fd)
+        if len(typed) < edits:
+            typed.append(f"typed-{len(typed)}")
+            data = json.loads(path.read_text())
+            data["orders"][typed[-1]] = {"projectID": "by hand"}
+            path.with_name("edited").write_text(json.dumps(data))
+            path.with_name("edited").replace(path)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    db.end_orders(["one"], {"two": (500, "no")}, path)
+    assert len(typed) == edits
+    assert db.read(path).orders.keys() == set(typed)
+    assert db.read(path).failed.keys() == {"two"}
+
+
+# --- the file as people leave it -----------------------------------------------------------------
+
+quiet = settings(
+    deadline=None,
+    database=None,
+    derandomize=True,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+)
+ids = st.sampled_from(["a", "b", "c", "84ad7436-f82f-4e87-8cd3-37299e37878c", "x.png", "Z" * 128])
+strange_ids = st.sampled_from(
+    ["", "..", "../../etc/passwd", "a b", "ü", "-x", "Z" * 129, "a\n", "a\0b", "/", "\ud800"]
+)
+text = st.text() | st.sampled_from(["\ud800", "\udfff\ud83d", "\0", "\u2028", "\ufeff", "é", "😀"])
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+scalars = st.none() | st.booleans() | numbers | text
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=8,
+)
+fields = st.dictionaries(
+    st.sampled_from(["projectID", "added", "error", "status", "order", "taskID"]) | text, values, max_size=4
+)
+names = ids | strange_ids | text
+items = (
+    names
+    | st.builds(lambda name, more: {"taskID": name, **more}, names, fields)
+    | st.tuples(names, fields | values).map(list)
+    | values
+)
+shapes = (
+    st.dictionaries(names, fields | values, max_size=6)
+    | st.lists(items, max_size=6)
+    | st.builds(lambda value: {"dataType": "Map", "value": value}, st.lists(items, max_size=6))
+)
+others = st.dictionaries(text | st.sampled_from(["tokens", "users"]), values, max_size=3)
+failures = st.dictionaries(
+    names, st.fixed_dictionaries({}, optional={"status": values, "error": values}) | values, max_size=3
+)
+stores = st.builds(
+    lambda before, orders, failed, after: {**before, "orders": orders, "failed": failed, **after},
+    others,
+    shapes,
+    failures,
+    others,
+).filter(lambda data: isinstance(data["orders"], (dict, list)))
+
+
+def exact(raw: bytes) -> Any:
+    """A file's content with the order of its keys and the text of its numbers."""
+    return json.loads(
+        raw.decode("utf-8-sig"),
+        object_pairs_hook=lambda pairs: ("{}", pairs),
+        parse_float=lambda number: ("float", number),
+    )
+
+
+@contextlib.contextmanager
+def left(raw: bytes) -> Iterator[Path]:
+    """database.json with this content, in memory where there is some; touched a while ago."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
+    try:
+        path = folder / "database.json"
+        path.write_bytes(raw)
+        os.utime(path, (0, 1_000_000_000))  # a fresh one may be half saved, and is looked at again for 2 s
+        yield path
+    finally:
+        shutil.rmtree(folder)
+
+
+def attempt(path: Path, change: Callable[[], object]) -> bool:
+    """Whether it was possible. Where not, there is one clear line and the file is as it was."""
+    before = path.read_bytes()
+    try:
+        change()
+    except db.DatabaseError as error:
+        assert path.read_bytes() == before
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+        return False
+    finally:
+        assert {other.name for other in path.parent.iterdir()} <= {path.name, f".{path.name}.lock"}
+    return True
+
+
+def without(data: Any, gone: set[str]) -> Any:
+    """The file's exact content without what an order takes with it when it ends."""
+    kept = []
+    for key, value in data[1]:
+        if key == "orders":
+            if isinstance(value, tuple) and ("dataType", "Map") in value[1]:
+                value = ("{}", [(k, drop(v, gone) if k == "value" else v) for k, v in value[1]])
+            else:
+                value = drop(value, gone)
+        elif key == "failed":
+            value = drop(value, gone)
+        kept.append((key, value))
+    return kept
+
+
+def drop(entries: Any, gone: set[str]) -> Any:
+    if isinstance(entries, tuple):
+        return "{}", [(key, value) for key, value in entries[1] if key not in gone]
+    return [item for item in entries if name(item) not in gone]
+
+
+def name(item: Any) -> Any:
+    """The id of one item of a list."""
+    if isinstance(item, tuple) and item[0] == "{}":
+        item = dict(item[1]).get("taskID")
+    elif isinstance(item, list) and len(item) == 2:
+        item = item[0]
+    return item if isinstance(item, str) else None
+
+
+def survives(raw: bytes) -> bool:
+    """Add, end, fail, retry: what was in the file before is in it after, exactly, in its place.
+
+    Gives whether it could be read at all.
+    """
+    with left(raw) as path:
+        if not attempt(path, lambda: db.read(path)):
+            for change in (
+                lambda: db.add_order("new", path=path),
+                lambda: db.end_orders(["a"], {"b": (None, "x")}, path, patience=0),
+                lambda: db.retry_orders(path=path),
+            ):
+                assert not attempt(path, change)
+            return False
+        before = exact(raw) if raw.decode("utf-8-sig").strip() else ("{}", [])
+        store = db.read(path)
+        assert all(db.is_task_id(task_id) for task_id in store.orders)
+        if db.add_order("new", "p", path):
+            assert without(exact(path.read_bytes()), {"new"})[: len(before[1])] == without(before, {"new"})
+        assert db.get_orders(path).keys() == store.orders.keys() | {"new"}
+        assert not db.add_order("new", path=path)
+        db.end_orders(
+            ["a", "new", "never was"], {"b": (500, "no\n\ud800"), "never was either": (None, "")}, path
+        )
+        assert db.get_orders(path).keys() == store.orders.keys() - {"a", "b", "new"}
+        gone = {"a", "b", "new"}
+        assert without(exact(path.read_bytes()), gone)[: len(before[1])] == without(before, gone)
+        if "b" in store.orders:
+            record = db.read(path).failed["b"]
+            assert (record["status"], record["error"]) == (500, "no\n\ud800")
+            kept = record.keys() | (
+                record["order"].keys() if isinstance(record.get("order"), dict) else set()
+            )
+            assert kept >= store.orders["b"].keys()
+            assert db.retry_orders(["b"], path) == ["b"]
+            assert db.read(path).orders["b"] == store.orders["b"], "what a retry puts back is not what it was"
+        db.retry_orders(path=path)
+        json.loads(path.read_bytes())
+        return True
+
+
+@quiet
+@given(stores, st.sampled_from([0, 1, 2, 3]))
+def test_any_mix_of_entries(data: Any, style: int) -> None:
+    raw = json.dumps(data, indent=(4, None, 1, "\t")[style], ensure_ascii=style == 2).encode(
+        "utf-8", "backslashreplace"
+    )
+    if style == 1:
+        raw = b"\xef\xbb\xbf" + raw
+    survives(raw.replace(b"\n", b"\r\n") if style == 3 else raw)
+
+
+@quiet
+@given(values | others | st.binary() | st.text().map(lambda text: text.encode("utf-16", "replace")))
+def test_any_file(data: Any) -> None:
+    survives(data if isinstance(data, bytes) else json.dumps(data).encode())
+
+
+WHOLE = json.dumps(
+    {"orders": {"a": {"projectID": "é"}, "b": {}}, "n": 1.50, "failed": {}}, indent=4, ensure_ascii=False
+)
+
+
+def test_truncated_at_any_byte() -> None:
+    raw = (WHOLE + "\n").encode()
+    for end in range(len(raw)):
+        survives(raw[:end])
+    survives(raw)
+
+
+ODD = {
+    "nothing": b"",
+    "white space": b" \r\n\t",
+    "byte-order mark": b"\xef\xbb\xbf",
+    "NUL": b"\0" * 4096,
+    "NUL at the end": WHOLE.encode() + b"\0\0",
+    "two": (WHOLE * 2).encode(),
+    "UTF-16": WHOLE.encode("utf-16"),
+    "CRLF": WHOLE.replace("\n", "\r\n").encode(),
+    "BOM": b"\xef\xbb\xbf" + WHOLE.encode(),
+    "latin-1": WHOLE.encode("latin-1"),
+    "comment": b"// mine\n" + WHOLE.encode(),
+    "comma": b'{"orders": ["a",]}',
+    "quotes": b"{'orders': {}}",
+    "key twice": b'{"orders": {"a": {"projectID": "1"}, "a": {"projectID": "2"}}}',
+    "id twice": b'{"orders": ["a", "a", {"taskID": "a", "projectID": "p"}, ["a", {}], "b", "b"]}',
+    "inner key twice": b'{"orders": {}, "users": [{"x": 1, "x": 2}]}',
+    "NaN": b'{"orders": {}, "x": NaN}',
+    "infinite": b'{"orders": {}, "x": -Infinity}',
+    "numbers": b'{"orders": {"b": {"n": 1.10}}, "x": [1e999, -0.0, 1E5, 0.1000000000000000001]}',
+    "surrogates": b'{"orders": {"b": {"projectID": "\\ud800"}}, "x": "\\udfff\\ud83d\\ude00"}',
+    "number of 5,000 digits": b'{"orders": {}, "x": ' + b"9" * 5000 + b"}",
+    "deep": b'{"orders": {"b": {}}, "x": ' + b"[" * 200 + b"]" * 200 + b"}",
+    "very deep": b'{"orders": {"b": {}}, "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+    "deep orders": b'{"orders": [' + b"[" * 200 + b"]" * 200 + b"]}",
+    "deep, not closed": b'{"orders": ' * 100_000,
+    "null": b'{"orders": null}',
+    "failed: null": b'{"orders": {}, "failed": null}',
+    "no orders": b'{"users": {}}',
+    "Map of null": b'{"orders": {"dataType": "Map", "value": null}}',
+    "Map without": b'{"orders": {"dataType": "Map"}}',
+    "text": b'"orders"',
+    "orders: text": b'{"orders": "a"}',
+    "list": b'["a"]',
+    "number": b"7",
+    "strange": b'{"orders": ["../x", "a b", "", 7, null, {}, [], {"taskID": ["a"]}, ["b"], "b"]}',
+    "fields": b'{"orders": {"a": 7, "b": [1.50], "c": null, "x.png": {"taskID": "b"}}, "failed": {"a": 1}}',
+}
+
+
+READABLE = {
+    "nothing",
+    "white space",
+    "byte-order mark",
+    "CRLF",
+    "BOM",
+    "id twice",
+    "numbers",
+    "surrogates",
+    "deep",
+}
+READABLE |= {"no orders", "deep", "deep orders", "strange", "fields"}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_file(kind: str) -> None:
+    assert survives(ODD[kind]) == (kind in READABLE)
+
+
+def test_fields_for_other_programs(tmp_path: Path) -> None:
+    """What `import db` gives is what JSON says."""
+    path = tmp_path / "database.json"
+    path.write_bytes(ODD["numbers"])
+    assert db.get_orders(path) == {"b": {"n": 1.10}}
+
+
+@pytest.mark.parametrize(
+    "inside", ['"x": %s, "orders": ["b"]', '"orders": ["b", %s]', '"orders": {"b": {"x": %s}}']
+)
+def test_any_depth(inside: str) -> None:
+    """Where the depth that can be read ends, the one that can be written may have ended before."""
+
+    def tries(depth: int) -> list[bool]:
+        deep = "[" * depth + "]" * depth
+        changes: list[Callable[[Path], object]] = [
+            db.read,
+            lambda path: db.add_order("new", path=path),
+            lambda path: db.end_orders(["new"], {"b": (500, "x")}, path),
+            lambda path: db.retry_orders(path=path),
+        ]
+        with left(("{" + inside % deep + "}").encode()) as path:
+            worked = [attempt(path, lambda change=change: change(path)) for change in changes]
+            assert deep in "".join(path.read_text().split())
+            return worked
+
+    assert tries(100) == [True] * 4
+    assert tries(100_000) == [False] * 4
+    least, most = 100, 100_000
+    while least < most - 1:
+        depth = (least + most) // 2
+        with left(("{" + inside % ("[" * depth + "]" * depth) + "}").encode()) as path:
+            least, most = (depth, most) if attempt(path, lambda path=path: db.read(path)) else (least, depth)
+    for depth in (least - 40, *range(least - 3, least + 3)):
+        tries(depth)
+
+
+# --- the same through the programs, where a person sees it ---------------------------------------
+
+
+def tried(home: Home, raw: bytes) -> None:
+    """Each program ends with an error that says what is wrong, or does its work; never with a traceback."""
+    home.database.write_bytes(raw)
+    os.utime(home.database, (0, 1_000_000_000))
+    home.database.chmod(0o640)
+    readable = True
+    try:
+        db.read(home.database)
+    except db.DatabaseError:
+        readable = False
+    for arguments in (["list"], ["add", "new", "--project", "é"], ["retry", "--all"]):
+        done = home.db(*arguments)
+        assert "Traceback" not in done.stderr, done.stderr
+        assert (done.returncode == 0) == readable, (arguments, done)
+        assert bool(done.stderr) == (not readable)
+    poller = home.run("--once", before="poller.SHORTEST_PAUSE = 0.05")
+    assert "Traceback" not in poller.log(), poller.log()
+    assert poller.process.returncode == (0 if readable and not home.failed() else 1), poller.log()
+    assert readable or "It is left as it is" in poller.log() or "cannot" in poller.log(), poller.log()
+    assert readable or home.database.read_bytes() == raw
+    assert home.database.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    "kind", ["nothing", "comma", "very deep", "surrogates", "strange", "fields", "numbers"]
+)
+def test_odd_file_in_the_programs(home: Home, grafx: Sandbox, kind: str) -> None:
+    for task_id in ("a", "b", "c", "new", "x.png"):
+        grafx.add(task_id=task_id)
+    tried(home, ODD[kind])
