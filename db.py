@@ -314,6 +314,7 @@ def _give(fd: int, like: Path) -> None:
     """Where root runs `db.py`, the file must still be the poller's; nobody else can or need."""
     if os.geteuid() == 0:
         os.fchown(fd, like.stat().st_uid, like.stat().st_gid)
+        os.fchmod(fd, like.stat().st_mode & 0o664)
 
 
 def sync_folder(folder: Path) -> None:

@@ -311,9 +311,9 @@ class Poller:
             self.ask_due_orders()
             self.hear_answers()
             self.write_outcomes()
-            self.tell()
             if self.stopping or (self.once and not self.due and not self.asking):
                 return self.stop()
+            self.tell()
 
     def on_signal(self, *_: object) -> None:
         """Set a flag, wake the loop, and nothing else: a signal may interrupt anything."""

@@ -1,0 +1,689 @@
+"""How fast the poller is, beside what one would have without it. Prints one table.
+
+    python tests/benchmark.py                 all of it, in about six minutes
+    python tests/benchmark.py --quick         a smoke test: smaller, and two runs of each
+    python tests/benchmark.py --only large    only that part; more than one may be given
+
+Needs Linux, Debian's `nginx` and `curl`, and what the tests need. What is measured runs alone on one core,
+the servers on another one where there is one. A figure is the median of its runs; a ratio is made within
+a run, whose contenders take turns, so that what disturbs one of them disturbs all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar
+from urllib.request import urlopen
+
+ROOT = Path(__file__).resolve().parent.parent
+MIB = 1 << 20
+TASKS = "/grafx/api/v1/environment/bench/output/tasks/"
+CORES = sorted(os.sched_getaffinity(0))
+SERVERS, MEASURED = CORES[0], CORES[-1]
+DELAY = 0.05  # seconds that the far server takes for each answer
+AT_ONCE = 8
+ALIVE: set[int] = set()  # processes that are measured now
+SETTINGS = {"SERVER_ID": "id", "SERVER_SECRET": "secret", "ENVIRONMENT": "bench", "ON_DONE": ""}
+SETTINGS |= {"CONCURRENCY": str(AT_ONCE), "SERVER_SECRET_FILE": "", "HOME": "/nonexistent"}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything. A takes minutes for a sweep, and the same for each order: it does a part."""
+
+    runs: int = 5
+    sweeps: tuple[int, ...] = (1000, 3000, 10_000)
+    part: tuple[int, ...] = (200, 60, 20)  # of each sweep, for A
+    far: int = 1000
+    files: int = 1000
+    large: int = 512
+    spell: float = 12.0  # seconds: 5 of them are a minute
+    renders: tuple[int, ...] = (
+        *(1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20, 25, 30, 35, 40, 50, 60, 70, 80, 90, 100, 110, 120),
+    )
+
+
+QUICK = Size(2, (200, 600, 2000), (50, 30, 20), 100, 100, 64, 2.0, (1, 2, 3, 4, 6))
+
+
+# --- A: the seed's loop ----------------------------------------------------------------------
+
+
+def seed(base_url: str, folder: Path, most: int) -> None:
+    """One turn of the seed's timed loop over the first `most` orders, as straight as Python has it."""
+    import requests
+
+    database = folder / "database.json"
+    data = json.loads(database.read_text())
+    form = {"grant_type": "client_credentials", "client_id": "id", "client_secret": "secret"}
+    token = requests.post(f"{base_url}/oauth/token", json=form, timeout=60).json()["access_token"]
+    headers = {"Accept": "application/json", "Authorization": f"Bearer {token}"}
+    for task_id in list(data["orders"])[:most]:
+        order = data["orders"].pop(task_id)
+        database.write_text(json.dumps(data, indent=4))
+        response = requests.get(base_url + TASKS + task_id, headers=headers, timeout=60)
+        if response.status_code == 200:
+            link = response.json()["links"]["download"]
+            with (
+                requests.get(link, headers=headers, stream=True, timeout=60) as download,
+                (folder / "orders" / f"{task_id}.png").open("wb") as file,
+            ):
+                for piece in download.iter_content(65536):
+                    file.write(piece)
+        elif response.status_code == 204:
+            data["orders"][task_id] = order
+        else:
+            print("Failed Task:", response.text)
+        database.write_text(json.dumps(data, indent=4))
+
+
+# --- servers ---------------------------------------------------------------------------------
+
+NGINX_PATH = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") or "nginx"
+NGINX = """
+daemon off; master_process off; pid PLACE/nginx.pid; error_log PLACE/error.log;
+events { worker_connections 1024; }
+http {
+    types { image/png png; application/json json; }
+    log_format times "$msec $request_time $request_uri";
+    access_log PLACE/times times;
+    client_body_temp_path PLACE/body; proxy_temp_path PLACE/proxy; fastcgi_temp_path PLACE/fastcgi;
+    uwsgi_temp_path PLACE/uwsgi; scgi_temp_path PLACE/scgi;
+    sendfile on; tcp_nopush on; keepalive_requests 1000000; keepalive_timeout 600s;
+    server {
+        listen 127.0.0.1:PORT;
+        root PLACE/files;
+        location = /oauth/token {
+            default_type application/json;
+            return 200 '{"access_token": "token", "token_type": "Bearer", "expires_in": 86400}';
+        }
+        location ~ ^TASKSpending { return 204; }
+        location ~ ^TASKS(.+)$ {
+            default_type application/json;
+            return 200 '{"data": {"taskId": "$1"}, "links": {"download": "http://127.0.0.1:PORT/files/$1"}}';
+        }
+        location /files/small { try_files /small.png =404; }
+        location /files/large { try_files /large.png =404; }
+    }
+}
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class Server:
+    """A server process. `url` is what a poller's BASEURL is."""
+
+    def __init__(self, place: Path, port: int, command: Sequence[str | Path]) -> None:
+        self.place, self.url = place, f"http://127.0.0.1:{port}"
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 20
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                return
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"{command[0]} does not start")
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Nginx(Server):
+    """Fixed answers, so that the server is not what is measured."""
+
+    def __init__(self, folder: Path, large: int) -> None:
+        place, port = folder / "nginx", free_port()
+        (place / "files").mkdir(parents=True)
+        write_png(place / "files/small.png", 100_000)
+        write_png(place / "files/large.png", large * MIB)
+        text = NGINX.replace("PLACE", str(place)).replace("PORT", str(port)).replace("TASKS", TASKS)
+        (place / "nginx.conf").write_text(text)
+        self.read = 0  # bytes of its log
+        super().__init__(place, port, [NGINX_PATH, "-p", place, "-c", place / "nginx.conf", "-e", "stderr"])
+
+    def first(self, what: str, count: int) -> float:
+        """When the first request for `what` since the last call came in; there must be `count` of them."""
+        with (self.place / "times").open() as log:
+            log.seek(self.read)
+            lines = [line.split() for line in log]
+            self.read = log.tell()
+        times = [float(end) - float(took) for end, took, uri in lines if uri.startswith(what)]
+        if len(times) != count:
+            raise SystemExit(f"{len(times)} requests for {what}, where there should be {count}")
+        return min(times)
+
+
+def write_png(path: Path, size: int) -> None:
+    """A PNG of one grey pixel and a private chunk that fills it up to `size` bytes."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes((0, 0, 0, 1, 0, 0, 0, 1, 8, 0, 0, 0, 0)))
+    tail = chunk(b"IDAT", zlib.compress(b"\0\x80")) + chunk(b"IEND", b"")
+    left = size - len(head) - len(tail) - 12
+    with path.open("wb") as file:
+        file.write(head + left.to_bytes(4, "big") + b"paDd")
+        crc, noise = zlib.crc32(b"paDd"), os.urandom(MIB)
+        while left:
+            piece = noise[:left]
+            crc, left = zlib.crc32(piece, crc), left - len(piece)
+            file.write(piece)
+        file.write(crc.to_bytes(4, "big") + tail)
+
+
+class Far(asyncio.Protocol):
+    """A server that takes its time. A task `ready-MS-…` is finished from that moment of 1970 on."""
+
+    first = asked = 0.0  # when the first request and the first question since the last report came in
+    questions: ClassVar[Counter[str]] = Counter()
+    url = ""
+    file = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport, self.got = transport, b""
+
+    def data_received(self, data: bytes) -> None:
+        Far.first = Far.first or time.time()
+        self.got += data
+        head, end, body = self.got.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: *(\d+)", head)
+        if not end or len(body) < int(length[1] if length else 0):
+            return
+        self.got = b""
+        path = head.split(b" ", 2)[1].decode()
+        answer, delay, kind = b"", DELAY, "application/json"
+        if path.startswith(TASKS):
+            task_id = path.rpartition("/")[2]
+            Far.asked = Far.asked or time.time()
+            Far.questions[task_id] += 1
+            if task_id.startswith("ready-"):
+                delay = 0.0
+                if time.time() * 1000 >= int(task_id.split("-")[1]):
+                    answer = json.dumps({"links": {"download": f"{Far.url}/files/{task_id}"}}).encode()
+        elif path == "/report":
+            seen = {"first": Far.first, "asked": Far.asked, "questions": Far.questions}
+            answer, delay = json.dumps(seen).encode(), 0.0
+            Far.first = Far.asked = 0.0
+            Far.questions.clear()
+        elif path == "/oauth/token":
+            answer, delay = b'{"access_token": "token", "expires_in": 86400}', 0.0
+        else:
+            answer, delay, kind = Far.file, 0.0, "image/png"
+        status = (
+            f"200 OK\r\nContent-Type: {kind}\r\nContent-Length: {len(answer)}" if answer else "204 No Content"
+        )
+        whole = f"HTTP/1.1 {status}\r\n\r\n".encode() + answer
+        asyncio.get_running_loop().call_later(delay, self.transport.write, whole)
+
+    @staticmethod
+    async def serve(port: int) -> None:
+        Far.url = f"http://127.0.0.1:{port}"
+        with tempfile.NamedTemporaryFile() as file:
+            write_png(Path(file.name), 1000)
+            Far.file = Path(file.name).read_bytes()
+        server = await asyncio.get_running_loop().create_server(Far, "127.0.0.1", port)
+        await server.serve_forever()
+
+
+def far_server(folder: Path) -> Server:
+    port = free_port()
+    return Server(folder, port, [sys.executable, __file__, "--serve", str(port)])
+
+
+def report(server: Server) -> dict[str, Any]:
+    """What the far server saw since the last time."""
+    with urlopen(f"{server.url}/report", timeout=30) as response:
+        seen: dict[str, Any] = json.load(response)
+    return seen
+
+
+# --- what is measured ------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A contender's process. Times are seconds since 1970."""
+
+    pid: int
+    start: float
+    log: Path
+    end: float = 0.0
+    cpu: float = 0.0  # seconds, user and system
+    peak: float = 0.0  # MiB
+
+    def wait(self) -> Run:
+        _, status, used = os.wait4(self.pid, 0)
+        ALIVE.discard(self.pid)
+        self.end = time.time()
+        self.cpu, self.peak = used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+        if status:
+            text = self.log.read_text(errors="replace")[-2000:]
+            raise SystemExit(f"ended with {os.waitstatus_to_exitcode(status)}:\n{text}")
+        return self
+
+    def stop(self) -> Run:
+        os.kill(self.pid, signal.SIGTERM)
+        return self.wait()
+
+
+def start(command: Sequence[str | Path], folder: Path, env: dict[str, str] | None = None) -> Run:
+    """Start a contender on its core; its log goes to a file, as a daemon's does."""
+    log = folder / "log"
+    with log.open("w") as file:
+        os.sched_setaffinity(0, {MEASURED})  # a child inherits it
+        began = time.time()
+        process = subprocess.Popen(
+            command, cwd=folder, env={"PATH": os.environ["PATH"], **(env or {})},
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+        )  # fmt: skip
+        os.sched_setaffinity(0, {SERVERS})
+    process.returncode = 0  # `Run.wait` looks after it
+    ALIVE.add(process.pid)
+    return Run(process.pid, began, log)
+
+
+@contextlib.contextmanager
+def home(parent: Path, task_ids: Sequence[str] = (), added: str = "2026-01-01T00:00:00Z") -> Iterator[Path]:
+    """A folder with a database.json of these orders and an orders folder, gone afterwards."""
+    with tempfile.TemporaryDirectory(dir=parent) as name:
+        folder = Path(name)
+        (folder / "orders").mkdir()
+        orders = {task_id: {"projectID": "project", "added": added} for task_id in task_ids}
+        (folder / "database.json").write_text(json.dumps({"orders": orders, "failed": {}}, indent=4))
+        os.sync()  # what an earlier run left to be written is not this one's
+        yield folder
+    os.sync()
+
+
+def poller(server: Server, folder: Path, *arguments: str, **more: str) -> Run:
+    env = {
+        **SETTINGS, "BASEURL": server.url, "TOKEN_URL": f"{server.url}/oauth/token",
+        "DATABASE": str(folder / "database.json"), "ORDERS_DIR": str(folder / "orders"), **more,
+    }  # fmt: skip
+    return start([sys.executable, ROOT / "poller.py", *arguments], folder, env)
+
+
+def seed_loop(server: Server, folder: Path, most: int) -> Run:
+    return start([sys.executable, __file__, "--seed", server.url, folder, str(most)], folder)
+
+
+def curl(folder: Path, urls: Sequence[str]) -> Run:
+    """B. Files go to orders/, empty answers to nowhere; the token goes along."""
+    lines = ['header = "Authorization: Bearer token"']
+    for url in urls:
+        place = "/dev/null" if TASKS in url else f"orders/{url.rpartition('/')[2]}.png"
+        lines += [f'url = "{url}"', f'output = "{place}"']
+    (folder / "curlrc").write_text("\n".join(lines))
+    command = ["curl", "-q", "-sS", "--fail", "--parallel", "--parallel-max", str(AT_ONCE), "-K", "curlrc"]
+    return start(command, folder)
+
+
+def waiting(folder: Path) -> int:
+    return len(json.loads((folder / "database.json").read_text())["orders"])
+
+
+def names(kind: str, count: int) -> list[str]:
+    return [f"{kind}-4f82-4e87-8cd3-{number:012d}" for number in range(count)]
+
+
+def expect(true: bool, what: str) -> None:
+    if not true:
+        raise SystemExit(f"this benchmark or the poller is broken: {what}")
+
+
+# --- the table -------------------------------------------------------------------------------
+
+UNITS = {"s": 1.0, "ms": 1e3, "MiB": 1.0, "%": 100.0, "": 1.0}
+
+
+def number(value: float, unit: str = "") -> str:
+    value *= UNITS[unit]
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def spread(values: Sequence[float], unit: str = "") -> str:
+    low, middle, high = (number(value, unit) for value in (min(values), median(values), max(values)))
+    return f"{middle} ({low}-{high})" if len(values) > 1 else middle
+
+
+def middle(values: Sequence[float], unit: str) -> str:
+    return f"{number(median(values), unit)} {unit}"
+
+
+@dataclass
+class Table:
+    """A line for each figure: what is judged, one value for each run, and its bar."""
+
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add(
+        self,
+        what: str,
+        own: str,
+        beside: str,
+        values: Sequence[float],
+        unit: str = "",
+        *,
+        least: float | None = None,
+        most: float | None = None,
+        below: float | None = None,
+        judged: Callable[[Sequence[float]], float] = median,
+    ) -> None:
+        value, bar, met = judged(values), "", ""
+        for limit, sign, good in (
+            (least, "≥", least is not None and value >= least),
+            (most, "≤", most is not None and value <= most),
+            (below, "<", below is not None and value < below),
+        ):
+            if limit is not None:
+                bar = f"{sign} {limit * UNITS[unit]:g} {unit}".rstrip()
+                met = "yes" if good else "NO"
+        self.rows.append((what, own, beside, f"{spread(values, unit)} {unit}".rstrip(), bar, met))
+
+    def text(self, about: Sequence[str]) -> str:
+        rows = [("figure", "poller", "beside it", "median (min-max)", "bar", "met"), *self.rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join((*about, "", lines[0], "-" * max(map(len, lines)), *lines[1:]))
+
+
+def progress(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+# --- the parts -------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    folder: Path
+    size: Size
+    nginx: Nginx
+    far: Server
+    table: Table = field(default_factory=Table)
+
+    def sweep(self) -> None:
+        """Pending orders: each is asked about once, and all are still there."""
+        size = self.size
+        took: dict[tuple[str, int], list[float]] = {}
+        cpu: dict[tuple[str, int], list[float]] = {}
+
+        def note(who: str, run: Run, count: int, of: int) -> None:
+            run.wait()
+            seconds = run.end - self.nginx.first(TASKS, count)
+            took.setdefault((who, of), []).append(seconds * of / count)
+            cpu.setdefault((who, of), []).append(run.cpu / count)
+
+        for turn in range(size.runs):
+            for count, part in zip(size.sweeps, size.part, strict=True):
+                progress(f"sweep of {count}, {turn + 1} of {size.runs}")
+                tasks = names("pending", count)
+                with home(self.folder, tasks) as folder:
+                    note("A", seed_loop(self.nginx, folder, part), part, count)
+                with home(self.folder, tasks) as folder:
+                    note("", poller(self.nginx, folder, "--once"), count, count)
+                    expect(waiting(folder) == count, "a pending order is gone")
+                with home(self.folder) as folder:
+                    note("B", curl(folder, [self.nginx.url + TASKS + task for task in tasks]), count, count)
+        small, *_, large = size.sweeps
+        for count, part in zip(size.sweeps, size.part, strict=True):
+            own, ours = took["", count], middle(took["", count], "s")
+            what, ratio = f"sweep of {count:,} pending orders", ratios(took["A", count], own)
+            beside = f"A {middle(took['A', count], 's')}{'' if part == count else f', from {part}'}"
+            self.table.add(what, ours, beside, ratio, least=10 if count == small else None)
+            self.table.add("", "", f"B {middle(took['B', count], 's')}", ratios(own, took["B", count]))
+        each = {count: [seconds / count for seconds in took["", count]] for count in size.sweeps}
+        self.table.add(
+            f"  time per order beside {small:,}'s", middle(each[large], "ms"), middle(each[small], "ms"),
+            ratios(each[large], each[small]), most=1.2,
+        )  # fmt: skip
+        self.table.add(
+            "  CPU per question, with the start", middle(cpu["", large], "ms"),
+            f"A {middle(cpu['A', small], 'ms')}, B {middle(cpu['B', large], 'ms')}",
+            cpu["", large], "ms", most=0.0005,
+        )  # fmt: skip
+
+    def delay(self) -> None:
+        """Pending orders at a server that is not near."""
+        count, took = self.size.far, []
+        for turn in range(self.size.runs):
+            progress(f"{DELAY * 1000:.0f} ms to the server, {turn + 1} of {self.size.runs}")
+            with home(self.folder, names("pending", count)) as folder:
+                report(self.far)
+                run = poller(self.far, folder, "--once").wait()
+                seen = report(self.far)
+                expect(sum(seen["questions"].values()) == count, "a question is missing")
+                took.append(run.end - seen["asked"])
+        ideal = count * DELAY / AT_ONCE
+        self.table.add(
+            f"{count:,} pending, {DELAY * 1000:.0f} ms away", middle(took, "s"),
+            f"{count} x {DELAY * 1000:.0f} ms / {AT_ONCE} = {ideal:.2f} s",
+            [seconds / ideal for seconds in took], most=1.15,
+        )  # fmt: skip
+
+    def deliver(self) -> None:
+        """Finished orders: question, download, and ours durable."""
+        count = self.size.files
+        tasks = names("small", count)
+        took: dict[str, list[float]] = {"A": [], "": [], "B": []}
+
+        def note(who: str, run: Run, folder: Path) -> None:
+            run.wait()
+            took[who].append(run.end - self.nginx.first("/" if who == "B" else TASKS, count))
+            sizes = [path.stat().st_size for path in (folder / "orders").iterdir()]
+            expect(sizes == [100_000] * count, f"{who or 'the poller'} did not bring every file whole")
+
+        for turn in range(self.size.runs):
+            progress(f"{count} files, {turn + 1} of {self.size.runs}")
+            with home(self.folder, tasks) as folder:
+                note("A", seed_loop(self.nginx, folder, count), folder)
+            with home(self.folder, tasks) as folder:
+                note("", poller(self.nginx, folder, "--once"), folder)
+                expect(waiting(folder) == 0, "a delivered order is still there")
+            with home(self.folder) as folder:
+                note("B", curl(folder, [f"{self.nginx.url}/files/{task}" for task in tasks]), folder)
+        own = took[""]
+        self.table.add(
+            f"{count:,} finished, 100 kB, fsynced", middle(own, "s"), f"A {middle(took['A'], 's')}, no fsync",
+            ratios(took["A"], own), least=2,
+        )  # fmt: skip
+        self.table.add("", "", f"B {middle(took['B'], 's')}, no question", ratios(own, took["B"]), most=4)
+
+    def large(self) -> None:
+        """One large file."""
+        own, beside, peak = [], [], []
+        for turn in range(self.size.runs):
+            progress(f"{self.size.large} MiB, {turn + 1} of {self.size.runs}")
+            with home(self.folder, ["large-1"]) as folder:
+                run = poller(self.nginx, folder, "--once").wait()
+                own.append(run.end - self.nginx.first(TASKS, 1))
+                peak.append(run.peak)
+                size = (folder / "orders/large-1.png").stat().st_size
+                expect(size == self.size.large * MIB, "the large file is not whole")
+            with home(self.folder) as folder:
+                command = f"curl -q -sS --fail -o F {self.nginx.url}/files/large && sync F"
+                run = start(["sh", "-c", command], folder).wait()
+                beside.append(run.end - self.nginx.first("/", 1))
+        self.table.add(
+            f"one file of {self.size.large} MiB", middle(own, "s"), f"curl && sync {middle(beside, 's')}",
+            ratios(own, beside), most=1.25,
+        )  # fmt: skip
+        self.table.add("  peak memory", f"{max(peak):.1f} MiB", "", peak, "MiB", below=45, judged=max)
+
+    def start(self) -> None:
+        """From the exec to the first byte at the server."""
+        took: dict[str, list[float]] = {"A": [], "": []}
+        for turn in range(2 * self.size.runs):
+            progress(f"start, {turn + 1} of {2 * self.size.runs}")
+            for who, times in took.items():
+                with home(self.folder) as folder:
+                    report(self.far)
+                    run = seed_loop(self.far, folder, 0) if who else poller(self.far, folder, "--once")
+                    run.wait()
+                    times.append(report(self.far)["first"] - run.start)
+        self.table.add(
+            "start to the first request", middle(took[""], "ms"), f"A {middle(took['A'], 'ms')}",
+            took[""], "ms", below=0.3,
+        )  # fmt: skip
+
+    def wait(self) -> None:
+        """A daemon with many orders that are not due; beside it, one with some that render."""
+        size, count = self.size, self.size.sweeps[-1]
+        with home(self.folder, names("pending", count)) as idle, home(self.folder) as busy:
+            progress(f"{count} orders waiting")
+            sleeper = poller(self.nginx, idle, POLL_INTERVAL="3600")
+            asker = poller(self.far, busy)
+            while sleeper.log.read_text().count("for the first time") < count:
+                time.sleep(0.2)
+            report(self.far)
+            ready = place_orders(busy / "database.json", size.renders)
+            progress(f"renders of {min(size.renders)} to {max(size.renders)} s")
+            time.sleep(2)
+            spells, step = [], size.spell
+            for _ in range(5):
+                before = cpu_of(sleeper.pid)
+                time.sleep(step)
+                spells.append((cpu_of(sleeper.pid) - before) / step)
+            deadline = time.monotonic() + 2 * max(size.renders) + 20
+            while waiting(busy) and time.monotonic() < deadline:
+                time.sleep(0.5)
+            expect(waiting(busy) == 0, "an order is never delivered")
+            asker.stop()
+            peak = sleeper.stop().peak
+            questions = report(self.far)["questions"]
+            late: dict[int, list[float]] = {}
+            for task_id, (moment, render, batch) in ready.items():
+                # A rename sets ctime: so that is when the file had its final name.
+                here = (busy / "orders" / f"{task_id}.png").stat().st_ctime
+                late.setdefault(batch, []).append((here - moment) / (render / 4 + 2))
+        self.table.add(
+            f"{count:,} waiting: peak memory", f"{peak:.1f} MiB", "", [peak], "MiB", below=64, judged=max
+        )
+        self.table.add(
+            f"  CPU of a core, {5 * step:.0f} s idle", f"{sum(spells) / 5 * 100:.2f} %", "",
+            spells, "%", below=0.002,
+        )  # fmt: skip
+        self.table.add(
+            f"renders of {min(size.renders)} to {max(size.renders)} s: lateness", "", "25 % of render + 2 s",
+            [max(values) for values in late.values()], most=1, judged=max,
+        )  # fmt: skip
+        asked = sum(questions.values()) / len(ready)
+        loop = sum(-(-render // 2) + 1 for _, render, _ in ready.values()) / len(ready)
+        self.table.add(
+            "  questions per order", f"{asked:.1f}", f"{loop:.1f} every 2 s", [loop / asked],
+        )  # fmt: skip
+
+
+def place_orders(database: Path, renders: Sequence[int]) -> dict[str, tuple[float, int, int]]:
+    """Place an order for each render time, five times; gives its moment, render time and batch."""
+    sys.path.insert(0, str(ROOT))
+    import db
+
+    ready = {}
+    for batch in range(5):
+        for render in renders:
+            moment = time.time() + render
+            task_id = f"ready-{moment * 1000:.0f}-{render}-{batch}"
+            ready[task_id] = (moment, render, batch)
+            db.add_order(task_id, "project", database)
+    return ready
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of CPU that a process has taken: its clock, as clock_getcpuclockid(3) makes it."""
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(above, below, strict=True)]
+
+
+# --- python tests/benchmark.py ---------------------------------------------------------------
+
+PARTS = ("start", "sweep", "delay", "deliver", "large", "wait")
+
+
+def about(folder: Path, size: Size) -> list[str]:
+    """What stands above the table."""
+
+    def said(*command: str) -> str:
+        done = subprocess.run(command, capture_output=True, text=True)
+        found = re.search(r"\d+\.\d+(\.\d+)?", done.stdout + done.stderr)
+        return f"{Path(command[0]).name} {found[0] if found else '?'}"
+
+    disk = subprocess.run(["df", "--output=fstype", folder], capture_output=True, text=True).stdout.split()[
+        -1
+    ]
+    where = f"servers on core {SERVERS}, what is measured on core {MEASURED}, by sched_setaffinity"
+    return [
+        f"{date.today()}, Python {platform.python_version()}, {said(NGINX_PATH, '-v')}, {said('curl', '-V')},"
+        f" {len(CORES)} cores, files on {disk}",
+        where if SERVERS != MEASURED else "all of it on one core",
+        f"A: the seed's loop in Python, without its pause. B: curl --parallel --parallel-max {AT_ONCE}.",
+        f"{size.runs} runs, in turns. No unit: a ratio in a run: A / poller, poller / B, or poller / beside.",
+        "met: by the median; memory and lateness by the worst.",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a smoke test: smaller, and two runs of each")
+    parser.add_argument("--only", choices=PARTS, action="append", help="only this part; may be repeated")
+    # What the benchmark starts of itself.
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.serve:
+        asyncio.run(Far.serve(given.serve))
+    elif given.seed:
+        seed(given.seed[0], Path(given.seed[1]), int(given.seed[2]))
+    else:
+        measure(QUICK if given.quick else Size(), given.only or PARTS)
+
+
+def measure(size: Size, parts: Sequence[str]) -> None:
+    os.sched_setaffinity(0, {SERVERS})
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
+        nginx = stack.enter_context(contextlib.closing(Nginx(folder, size.large)))
+        far = stack.enter_context(contextlib.closing(far_server(folder)))
+        stack.callback(lambda: [os.kill(pid, signal.SIGKILL) for pid in ALIVE])
+        bench = Bench(folder, size, nginx, far)
+        for part in PARTS:
+            if part in parts:
+                getattr(bench, part)()
+        print(bench.table.text(about(folder, size)))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    main()

@@ -1,0 +1,692 @@
+"""Under systemd: what it is told, what the journal gets, and the README's units in a system of their own."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PATIENCE, QUICK, ROOT, Home, eventually
+from sandbox import Sandbox
+
+README = (ROOT / "README.md").read_text()
+SECTION = README.partition("\n## Under systemd\n")[2].partition("\n## ")[0]
+SERVICE_BLOCK, TIMER_BLOCK = re.findall(r"^```sh\n(.*?)^```$", SECTION, re.DOTALL | re.MULTILINE)
+UNIT = re.findall(r"<<'END'\n(.*?)^END$", SERVICE_BLOCK, re.DOTALL | re.MULTILINE)[0]
+TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+
+
+# --- the notify protocol -----------------------------------------------------------------------------------
+
+
+class Manager:
+    """The end of the notify socket that systemd has."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.told: list[tuple[float, str]] = []  # when, and the datagram
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(address.replace("@", "\0", 1) if address.startswith("@") else address)
+        self.socket.setblocking(False)
+
+    def lines(self) -> list[str]:
+        """All that was told so far, without the names of their own datagrams."""
+        with suppress(BlockingIOError):
+            while True:
+                self.told.append((time.monotonic(), self.socket.recv(65536).decode()))
+        return [line for _, text in self.told for line in text.splitlines()]
+
+    def hears(self, pattern: str) -> str:
+        """Wait for a line, among those to come as well as those that came."""
+        return eventually(
+            lambda: next((line for line in self.lines() if re.search(pattern, line)), None), pattern
+        )
+
+    def forget(self) -> None:
+        self.lines()
+        self.told.clear()
+
+
+@pytest.fixture
+def manager(request: pytest.FixtureRequest) -> Iterator[Manager]:
+    # The path of a socket may be 107 bytes long, and pytest's temporary folders can be longer.
+    with tempfile.TemporaryDirectory() as folder:
+        abstract = getattr(request, "param", "") == "an abstract name"
+        manager = Manager(f"{'@' * abstract}{folder}/notify")
+        yield manager
+        manager.socket.close()
+
+
+@pytest.mark.parametrize("manager", ["a path", "an abstract name"], indirect=True)
+def test_systemd_is_told_how_it_stands(home: Home, grafx: Sandbox, manager: Manager) -> None:
+    slow, failing, done = grafx.add(size=8_000_000), grafx.add("failed"), grafx.add()
+    grafx.fault("download", "slow", task_id=slow, rate=200_000)
+    home.wait_for(slow, failing)
+    daemon = home.start(before=QUICK, NOTIFY_SOCKET=manager.address)
+    assert manager.hears("") == "READY=1"
+    manager.hears("^STATUS=1 waiting, 1 downloading, 1 failed, last delivery none yet$")
+    home.db("add", done)
+    manager.hears(f"^STATUS=1 waiting, 1 downloading, 1 failed, last delivery {TIME}$")
+    assert manager.lines().count("READY=1") == 1
+    assert manager.lines().count("WATCHDOG=1") >= 2
+    assert "STOPPING=1" not in manager.lines()
+    assert daemon.stop() == 0
+    assert manager.lines()[-1] == "STOPPING=1"
+
+
+def test_systemd_is_told_that_grafx_cannot_be_reached(home: Home, grafx: Sandbox, manager: Manager) -> None:
+    grafx.fault("token", "status-503", times=None)
+    home.wait_for(grafx.add())
+    daemon = home.start(before=QUICK, NOTIFY_SOCKET=manager.address)
+    assert manager.hears("") == "READY=1"  # a network that is not there yet is no reason to fail the start
+    manager.hears(f"^STATUS=1 waiting.*; all orders wait since {TIME}: .*503")
+    grafx.clear_faults()
+    daemon.says(" delivered")
+    manager.forget()
+    manager.hears(f"^STATUS=0 waiting, 0 downloading, 0 failed, last delivery {TIME}$")
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("wrong", ["settings", "database", "folder", "lock"])
+def test_systemd_is_not_told_ready_where_something_is_wrong(home: Home, manager: Manager, wrong: str) -> None:
+    env, code = {}, 1
+    if wrong == "settings":
+        env, code = {"POLL_INTERVAL": "often"}, 78
+    elif wrong == "database":
+        home.write("{")
+        os.utime(home.database, (1, 1))
+    elif wrong == "folder":
+        home.orders.rmdir()
+        home.orders.write_text("")
+    else:
+        home.wait_for("another-has-it")
+        home.start().says("first time")
+    ended = home.run(NOTIFY_SOCKET=manager.address, **env)
+    assert ended.process.returncode == code
+    assert manager.lines() == []
+
+
+def test_a_loop_that_hangs_does_not_feed_the_watchdog(home: Home, grafx: Sandbox, manager: Manager) -> None:
+    """Its threads go on meanwhile, so it is the loop that speaks."""
+    slow = grafx.add(size=8_000_000)
+    grafx.fault("download", "slow", task_id=slow, rate=200_000)
+    home.wait_for(slow)
+    daemon = home.start(before=QUICK, NOTIFY_SOCKET=manager.address)
+    manager.hears("^STATUS=1 waiting, 1 downloading")
+    pipe = home.folder / "pipe"
+    os.mkfifo(pipe)
+    data = home.database.read_bytes()
+    pipe.replace(home.database)  # to open this hangs until somebody writes into it
+
+    def silent() -> bool:
+        manager.lines()
+        return time.monotonic() > manager.told[-1][0] + 2
+
+    part = next(path for path in home.orders.iterdir())
+    eventually(silent, "no word from a loop that hangs")
+    size = part.stat().st_size
+    eventually(lambda: part.stat().st_size > size, "a download that goes on")
+    manager.forget()
+    temp = home.folder / "edited"
+    temp.write_bytes(data)
+    fifo = os.open(home.database, os.O_WRONLY)
+    temp.replace(home.database)
+    os.close(fifo)
+    manager.hears("^WATCHDOG=1$")
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("address", ["/nonexistent/notify", "@grafx-test-nobody", "", "x" * 200])
+def test_nobody_who_listens_is_no_reason_to_fail(home: Home, grafx: Sandbox, address: str) -> None:
+    home.wait_for(grafx.add())
+    daemon = home.start(NOTIFY_SOCKET=address)
+    daemon.says(" delivered")
+    assert daemon.stop() == 0
+
+
+# --- the journal -------------------------------------------------------------------------------------------
+
+
+def logged(home: Home, grafx: Sandbox, journal: bool) -> list[str]:
+    """The lines of a run with one order of each kind of log level."""
+    grafx.fault("task", "status-503", task_id=(waits := grafx.add()), times=None)
+    home.wait_for(grafx.add(), grafx.add("failed"), waits, "..", "foresee-not")
+    log = home.folder / f"log-{len(home.pollers)}"  # its stderr
+    log.touch()
+    stat = log.stat()
+    stream = f"{stat.st_dev}:{stat.st_ino + (not journal)}"
+    before = (
+        f"{QUICK}; real = chili.order_done; "
+        "chili.order_done = lambda t, *a: real(t, *a) if t != 'foresee-not' else {'one': 1}['two\\nlines']"
+    )
+    ended = home.run("--once", "-v", before=before, JOURNAL_STREAM=stream)
+    assert ended.process.returncode == 1
+    return ended.log().splitlines()
+
+
+def test_the_journal_gets_levels_and_no_times(home: Home, grafx: Sandbox) -> None:
+    lines = logged(home, grafx, journal=True)
+    wrong = rf"(?!<[3-7]>)|<.>({TIME}|DEBUG|INFO|WARNING|ERROR)"
+    assert not [line for line in lines if re.match(wrong, line)]
+    for level, pattern in (
+        (7, "GET "),
+        (6, "asked about for the first time"),
+        (6, " delivered: "),
+        (4, "not a task id"),
+        (4, " waits: "),
+        (3, " failed: Invalid list variable value"),
+        (3, "nobody foresaw this"),
+        (3, "Traceback"),
+        (3, '  File "'),
+        (3, "KeyError: "),
+    ):
+        found = [line for line in lines if pattern in line]
+        assert found, (pattern, lines)
+        assert {line[:3] for line in found} == {f"<{level}>"}, found
+    start = next(place for place, line in enumerate(lines) if "nobody foresaw" in line)
+    end = next(place for place, line in enumerate(lines) if "KeyError: " in line)
+    assert end > start + 2
+    assert {line[:3] for line in lines[start : end + 1]} == {"<3>"}
+
+
+def test_anything_else_gets_times_and_no_levels(home: Home, grafx: Sandbox) -> None:
+    """Also where the journal has the stderr of a parent, as with `poller.py 2>file` in a service."""
+    lines = logged(home, grafx, journal=False)
+    assert not [line for line in lines if line.startswith("<")]
+    assert re.match(f"{TIME} WARNING ", next(line for line in lines if "not a task id" in line))
+
+
+# --- the secret in a file ----------------------------------------------------------------------------------
+
+
+def test_the_secret_may_be_in_a_file(home: Home, grafx: Sandbox) -> None:
+    home.wait_for(task := grafx.add())
+    file = home.folder / "secret"
+    file.write_text(f"{grafx.client_secret}\n")
+    del home.env["SERVER_SECRET"]
+    ended = home.run("--once", SERVER_SECRET_FILE=str(file))
+    assert ended.process.returncode == 0, ended.log()
+    assert home.files() == [f"{task}.png"]
+    assert grafx.client_secret not in ended.log()
+
+
+@pytest.mark.parametrize("wrong", ["both", "missing", "empty", "a folder", "no text"])
+def test_a_secret_file_that_is_no_good_is_a_settings_error(home: Home, grafx: Sandbox, wrong: str) -> None:
+    file = home.folder / "secret"
+    if wrong == "both":
+        file.write_text(grafx.client_secret)
+    else:
+        del home.env["SERVER_SECRET"]
+    if wrong == "empty":
+        file.write_text("\n")
+    elif wrong == "a folder":
+        file.mkdir()
+    elif wrong == "no text":
+        file.write_bytes(b"\xff\xfe")
+    for option in ("--once", "--check"):
+        ended = home.run(option, SERVER_SECRET_FILE=str(file))
+        assert ended.process.returncode == 78, ended.log()
+        (line,) = ended.log().splitlines()
+        assert "SERVER_SECRET_FILE" in line
+        assert grafx.client_secret not in line
+    assert grafx.requests == []
+
+
+# --- the unit ----------------------------------------------------------------------------------------------
+
+
+def test_the_unit_is_rated_safe(tmp_path: Path) -> None:
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("needs systemd (Debian: apt-get install systemd): how safe the unit is is NOT tested")
+    unit = tmp_path / "grafx-poller.service"
+    unit.write_text(UNIT)
+    rated = subprocess.run(
+        [analyze, "security", "--offline=yes", "--threshold=12", str(unit)],
+        capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert rated.returncode == 0, rated.stdout + rated.stderr
+    level = re.search(r"Overall exposure level for grafx-poller.service: (\S+)", rated.stdout)
+    assert level, rated.stdout + rated.stderr
+    assert float(level[1]) <= 1.2
+
+
+# What the README's commands find in the system that they are tried in. They cannot change the real one: what
+# is written goes to a tmpfs, /sys and /proc/sys are read-only, /dev is its own, and what the machine would
+# start by itself is masked.
+BOOT = """
+set -eu
+mount --make-rprivate /
+mount -t tmpfs -o mode=755 tmpfs /mnt
+mkdir /mnt/upper /mnt/work /mnt/new
+mount -t overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work overlay /mnt/new
+mkdir -p /mnt/new/opt/python
+mount --bind "$1" /mnt/new/opt/python
+mount -o remount,bind,ro /mnt/new/opt/python
+cd /mnt/new
+mount -t proc proc proc
+mount --bind proc/sys proc/sys
+mount -o remount,bind,ro proc/sys
+mount --bind /sys sys
+mount -o remount,bind,ro sys
+mount -t cgroup2 cgroup2 sys/fs/cgroup
+mount -t tmpfs -o mode=755 dev dev
+cp -a /dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty dev
+ln -s pts/ptmx dev/ptmx
+mount -t tmpfs -o mode=755 run run
+mount -t tmpfs -o mode=1777 tmp tmp
+: >etc/fstab
+for unit in lib/systemd/system/*.wants/* etc/systemd/system/*.wants/*; do
+    case ${unit##*/} in
+        *.target | systemd-journald.s* | systemd-journald-dev-log.socket | systemd-tmpfiles-setup.service) ;;
+        *) ln -sfn /dev/null "etc/systemd/system/${unit##*/}" ;;
+    esac
+done
+pivot_root . mnt
+umount -l mnt
+mount --make-rshared /
+exec env -i container=docker /lib/systemd/systemd --unit=basic.target
+"""
+NAMESPACES = ("--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc", "--cgroup")
+STATE = "/var/lib/private/grafx-poller"  # where systemd puts a DynamicUser's /var/lib/grafx-poller
+DROP_IN = "/run/systemd/system/grafx-poller.service.d/test.conf"
+
+
+class Machine:
+    """A systemd of its own as PID 1, on an overlay of this machine, on the same loopback."""
+
+    def __init__(self, log: Path) -> None:
+        if not sys.platform.startswith("linux") or os.geteuid() != 0:
+            pytest.skip("needs root on Linux to boot a systemd: the units are NOT tested")
+        for command in ("unshare", "nsenter", "setpriv", "pivot_root", "/lib/systemd/systemd"):
+            if shutil.which(command) is None:
+                pytest.skip(f"needs {command} to boot a systemd: the units are NOT tested")
+        probe = subprocess.run(["unshare", *NAMESPACES, "true"], capture_output=True, text=True)
+        if probe.returncode:
+            pytest.skip(f"unshare may not work here, the units are NOT tested: {probe.stderr.strip()}")
+        mounts = Path("/proc/self/mounts").read_text()
+        found = re.search(r"^\S+ (\S+) cgroup2 ", mounts, re.MULTILINE)
+        if found is None:
+            pytest.skip("needs a mounted cgroup2 to boot a systemd: the units are NOT tested")
+        self.cgroup = Path(found[1], f"grafx-test-{os.getpid()}")
+        try:
+            self.cgroup.mkdir()
+        except OSError as error:
+            pytest.skip(f"cannot make a control group, the units are NOT tested: {error}")
+
+        self.log = log
+        inner = ["unshare", *NAMESPACES, "sh", "-c", BOOT, "sh", sys.base_prefix]
+        with log.open("wb") as output:
+            self.unshare = subprocess.Popen(
+                ["sh", "-euc", 'echo 0 >"$0"; exec setpriv --pdeathsig KILL "$@"',
+                 str(self.cgroup / "cgroup.procs"), *inner],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            )  # fmt: skip
+        try:
+            self.pid = int(eventually(self.child, "a first process"))
+            eventually(self.is_up, "a booted systemd")
+        except BaseException:
+            self.end()
+            raise
+
+    def child(self) -> str:
+        assert self.unshare.poll() is None, self.log.read_text()
+        path = Path(f"/proc/{self.unshare.pid}/task/{self.unshare.pid}/children")
+        return path.read_text().strip()
+
+    def is_up(self) -> bool:
+        assert self.unshare.poll() is None, self.log.read_text()
+        name = Path(f"/proc/{self.pid}/comm").read_text().strip()
+        if name != "systemd":
+            return False
+        running = self.run("systemctl", "is-system-running", check=False).stdout.strip()
+        assert running != "degraded", self.run("systemctl", "--failed", check=False).stdout
+        return running == "running"
+
+    def end(self) -> None:
+        """SIGKILL to its PID 1 takes all of it down."""
+        self.unshare.kill()  # and with it its child
+        self.unshare.wait()
+
+        def gone() -> bool:
+            with suppress(OSError):  # a last process may still be on its way out
+                for folder, _, _ in os.walk(self.cgroup, topdown=False):
+                    Path(folder).rmdir()
+            return not self.cgroup.exists()
+
+        eventually(gone, "an empty control group")
+
+    def run(self, *command: str, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
+        path = "/opt/python/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        env = {"PATH": path, "LC_ALL": "C.UTF-8", "PIP_NO_INDEX": "1"}
+        done = subprocess.run(
+            ["nsenter", "-t", str(self.pid), "-a", *command],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, **more,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, f"ended with {done.returncode}:\n{done.stdout}"
+        return done
+
+    def paste(self, block: str) -> str:
+        """Run commands of the README, as root, in /tmp. There is no `sudo` in it, nor need for one."""
+        return self.run("sh", "-euc", 'cd /tmp; sudo() { env "$@"; }\n' + block).stdout
+
+    def path(self, place: str) -> Path:
+        return Path(f"/proc/{self.pid}/root{place}")
+
+    def show(self, *names: str, unit: str = "grafx-poller") -> Any:
+        shown = self.run("systemctl", "show", unit, *(f"--property={name}" for name in names)).stdout
+        values = dict(line.split("=", 1) for line in shown.splitlines())
+        return tuple(values[name] for name in names) if len(names) > 1 else values[names[0]]
+
+    def configure(self, text: str) -> None:
+        """Add to the unit, until the end of the test."""
+        self.path(DROP_IN).parent.mkdir(parents=True, exist_ok=True)
+        self.path(DROP_IN).write_text(f"[Service]\n{text}\n")
+        self.run("systemctl", "daemon-reload")
+
+
+@pytest.fixture(scope="module")
+def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, Sandbox]]:
+    """A machine on which the README's first block has been pasted."""
+    machine = Machine(tmp_path_factory.mktemp("machine") / "log")
+    try:
+        with Sandbox() as grafx:
+            # pip has no network here, but what it is asked for is there already.
+            packages = machine.path(f"/opt/grafx-poller/.venv/lib/python{sys.version[:4]}/site-packages")
+            wanted = ["requests", "python-dotenv"]
+            for name in wanted:
+                distribution = importlib.metadata.distribution(name)
+                wanted += [
+                    re.split(r"[^\w.-]", line)[0]
+                    for line in distribution.requires or ()
+                    if "extra ==" not in line and re.split(r"[^\w.-]", line)[0] not in wanted
+                ]
+                for file in distribution.files or ():
+                    if ".." not in file.parts:
+                        to = packages / file
+                        to.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copy(str(file.locate()), to)
+            for name in ("poller.py", "chili.py", "db.py", "requirements.txt"):
+                shutil.copy(ROOT / name, machine.path("/tmp"))
+            settings = {**grafx.settings(""), "POLL_INTERVAL": "2"}
+            del settings["DATABASE"], settings["ORDERS_DIR"]
+            machine.path("/tmp/.env").write_text("".join(f"{name}={settings[name]}\n" for name in settings))
+            machine.paste(SERVICE_BLOCK)
+            yield machine, grafx
+    finally:
+        machine.end()
+
+
+class Service:
+    """The README's unit on the machine, with nothing in its state."""
+
+    def __init__(self, machine: Machine, grafx: Sandbox) -> None:
+        self.machine, self.grafx = machine, grafx
+        self.begin = time.monotonic()
+        self.orders = machine.path(f"{STATE}/orders")
+
+    def start(self) -> None:
+        self.machine.run("systemctl", "start", "grafx-poller")
+
+    def pid(self) -> str:
+        pid: str = self.machine.show("MainPID")
+        return pid
+
+    def add(self, *task_ids: str) -> None:
+        (command,) = re.findall(r"^    (sudo DATABASE=.*? add) TASK_ID", SECTION, re.DOTALL | re.MULTILINE)
+        for task_id in task_ids:
+            self.machine.paste(f"{command} {task_id}")
+
+    def state(self) -> Any:
+        return json.loads(self.machine.path(f"{STATE}/database.json").read_text())
+
+    def delivers(self, *task_ids: str) -> None:
+        for task_id in task_ids:
+            file = self.orders / f"{task_id}.png"
+            eventually(file.exists, f"the file of {task_id}")
+            assert file.read_bytes() == self.grafx.body(task_id)
+            eventually(lambda task_id=task_id: task_id not in self.state()["orders"], "its order is done")
+
+    def journal(self, *options: str) -> list[dict[str, Any]]:
+        self.machine.run("journalctl", "--sync")
+        command = ("journalctl", "-u", "grafx-poller", "-o", "json", *options)
+        entries = [json.loads(line) for line in self.machine.run(*command).stdout.splitlines()]
+        return [entry for entry in entries if int(entry["__MONOTONIC_TIMESTAMP"]) > self.begin * 1e6]
+
+    def says(self, pattern: str, *options: str) -> dict[str, Any]:
+        def look() -> Any:
+            return next(
+                (entry for entry in self.journal(*options) if re.search(pattern, entry["MESSAGE"])), None
+            )
+
+        found: dict[str, Any] = eventually(look, f"the journal says {pattern!r}")
+        return found
+
+
+@pytest.fixture
+def service(booted: tuple[Machine, Sandbox]) -> Iterator[Service]:
+    machine, grafx = booted
+    machine.run("systemctl", "stop", "grafx-poller")
+    machine.run("systemctl", "reset-failed")
+    for place in machine.path(STATE).iterdir() if machine.path(STATE).exists() else ():
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    kept = {place: machine.path(place).read_bytes() for place in
+            ("/etc/grafx-poller/env", "/etc/grafx-poller/server_secret")}  # fmt: skip
+    yield Service(machine, grafx)
+    grafx.clear_faults()
+    for place, content in kept.items():
+        machine.path(place).write_bytes(content)
+    if machine.path(DROP_IN).exists():
+        machine.path(DROP_IN).unlink()
+        machine.run("systemctl", "daemon-reload")
+
+
+def test_the_units_are_well_formed(service: Service) -> None:
+    """On a systemd that is older than a line of it, that line is ignored with a warning."""
+    version = int(service.machine.run("systemctl", "--version").stdout.split()[1])
+    place = "/etc/systemd/system/grafx-poller.service"
+    assert service.machine.path(place).read_text() == UNIT
+    said = service.machine.run("systemd-analyze", "verify", place).stdout.splitlines()
+    new = ("RestartSteps", "RestartMaxDelaySec") if version < 254 else ()
+    assert [line for line in said if not any(f"'{name}'" in line for name in new)] == []
+    assert service.machine.show("UnitFileState") == "enabled"
+
+
+def test_a_day_of_the_service(service: Service) -> None:
+    machine, grafx = service.machine, service.grafx
+    done, failing, slow = grafx.add(), grafx.add("failed"), grafx.add(size=8_000_000)
+    grafx.fault("download", "slow", task_id=slow, rate=200_000)
+    service.start()
+    assert machine.show("ActiveState", "SubState", "WatchdogUSec") == ("active", "running", "1min")
+    service.add(done, failing, slow)
+    service.delivers(done)
+    eventually(lambda: failing in service.state()["failed"], "a failed order")
+
+    # It is nobody in particular, and may do nothing in particular.
+    process = Path("/proc", eventually(lambda: process_outside(machine, service.pid())))
+    status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
+    uid = int(status["Uid"].split()[0])
+    assert 61184 <= uid <= 65519  # the range of dynamic users
+    assert {status[name].strip("0") for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {""}
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    assert machine.show("MemoryMax") == str(256 << 20)
+
+    # Its files are its own, also where root wrote them with db.py, and nobody else can read them.
+    eventually(lambda: any(path.name.startswith(".") for path in service.orders.iterdir()), "a download")
+    for path in (machine.path(STATE), *machine.path(STATE).rglob("*")):
+        with suppress(FileNotFoundError):
+            stat = path.lstat()
+            assert stat.st_uid == uid, path
+            assert oct(stat.st_mode) == oct(0o40700 if path.is_dir() else 0o100600), path
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    secret = "/etc/grafx-poller/server_secret"
+    for place in (f"{STATE}/orders/{done}.png", f"{STATE}/database.json", secret, "/etc/grafx-poller/env"):
+        assert machine.run("test", "-s", place).returncode == 0
+        assert "Permission denied" in machine.run(*nobody, "cat", place, check=False).stdout
+
+    # What a person sees.
+    line = f'Status: "1 waiting, 1 downloading, 1 failed, last delivery {TIME}"'
+    eventually(lambda: re.search(line, machine.run("systemctl", "status", "grafx-poller").stdout), line)
+    assert service.says(f"{done} delivered")["PRIORITY"] == "6"
+    assert service.says(f"{failing} failed: ")["PRIORITY"] == "3"
+    own = [entry for entry in service.journal() if entry["_COMM"] != "systemd"]
+    assert not [entry for entry in own if re.match(f"<|{TIME}", entry["MESSAGE"])]
+    assert [entry["MESSAGE"].split(":")[0] for entry in service.journal("-p", "err")] == [f"{failing} failed"]
+
+    # Stopped in the midst of a download.
+    before = time.monotonic()
+    machine.run("systemctl", "stop", "grafx-poller")
+    assert time.monotonic() - before < 2
+    assert machine.show("ActiveState") == "inactive"
+    assert service.says("^grafx-poller.service: Deactivated successfully")  # what it says of an exit with 0
+    assert "stopped, 1 waiting" in [entry["MESSAGE"] for entry in service.journal()]
+    assert [path.name for path in service.orders.iterdir()] == [f"{done}.png"]
+    assert list(service.state()["orders"]) == [slow]
+
+    # The secret is nowhere but in its file.
+    machine.run("systemctl", "start", "grafx-poller")
+    process = Path("/proc", eventually(lambda: process_outside(machine, service.pid())))
+    everything = (
+        machine.run("journalctl", "-o", "export").stdout
+        + machine.run("systemctl", "show", "grafx-poller").stdout
+        + machine.run("systemctl", "cat", "grafx-poller").stdout
+        + (process / "environ").read_text()
+        + (process / "cmdline").read_text()
+        + machine.path("/etc/grafx-poller/env").read_text()
+    )
+    assert done in everything
+    assert machine.path(secret).read_text() == f"{grafx.client_secret}\n"
+    assert not [word for word in (grafx.client_secret, *grafx.tokens) if word in everything]
+
+
+def process_outside(machine: Machine, pid: str) -> str | None:
+    """The process id here of a process on the machine."""
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError):
+            found = re.search(r"^NSpid:\t(\d+)\t(\d+)$", path.read_text(), re.MULTILINE)
+            if found and found[2] == pid and "poller.py" in (path.parent / "cmdline").read_text():
+                return found[1]
+    return None
+
+
+def test_a_killed_one_is_started_again_and_delivers_the_rest(service: Service) -> None:
+    done, rest = service.grafx.add(), service.grafx.add(size=8_000_000)
+    service.grafx.fault("download", "slow", task_id=rest, rate=200_000)
+    service.start()
+    service.add(done, rest)
+    service.delivers(done)
+    eventually(lambda: any(path.name.startswith(".") for path in service.orders.iterdir()), "a download")
+    killed = service.pid()
+    service.machine.run("kill", "-KILL", killed)
+    service.delivers(rest)
+    assert service.pid() not in (killed, "0")
+    assert service.machine.show("ActiveState", "NRestarts") == ("active", "1")
+    assert service.says("code=killed, status=9/KILL")
+    assert {path.name for path in service.orders.iterdir()} == {f"{done}.png", f"{rest}.png"}
+
+
+def test_one_that_hangs_is_ended_by_the_watchdog_and_started_again(service: Service) -> None:
+    service.machine.configure("WatchdogSec=4\nRestartSec=0.1")
+    service.start()
+    stopped = service.pid()
+    service.machine.run("kill", "-STOP", stopped)
+    task = service.grafx.add()
+    service.add(task)
+    service.delivers(task)
+    assert service.pid() not in (stopped, "0")
+    assert service.says(r"Watchdog timeout \(limit 4s\)")
+    assert int(service.machine.show("NRestarts")) >= 1
+    assert service.machine.show("ActiveState") == "active"
+
+
+@pytest.mark.parametrize("wrong", ["secret", "settings"])
+def test_wrong_settings_are_not_tried_again(service: Service, wrong: str) -> None:
+    service.machine.configure("RestartSec=0.1")
+    if wrong == "secret":
+        service.machine.path("/etc/grafx-poller/server_secret").write_text("wrong-secret\n")
+    else:
+        service.machine.path("/etc/grafx-poller/env").write_text("")
+    service.grafx.requests.clear()
+    service.machine.run("systemctl", "start", "grafx-poller", check=False)
+    eventually(lambda: service.machine.show("ActiveState") == "failed", "a failed unit")
+    time.sleep(1)  # ten times the pause before a restart
+    assert service.machine.show("ActiveState", "Result", "ExecMainCode", "ExecMainStatus", "NRestarts") == (
+        "failed", "exit-code", str(os.CLD_EXITED), "78", "0",
+    )  # fmt: skip
+    assert service.says("SERVER_ID", "-p", "err")
+    asked = {"token"} if wrong == "secret" else set()
+    assert {request.what for request in service.grafx.requests} == asked
+    assert "wrong-secret" not in json.dumps(service.journal())
+
+
+ON_DONE = """#!/bin/sh
+set -e
+cp "$1" /srv/files
+python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect("/run/printer")'
+"""
+
+
+def test_the_lines_that_on_done_may_need(service: Service) -> None:
+    machine, task, later = service.machine, service.grafx.add(), service.grafx.add()
+    script, folder = machine.path("/usr/bin/hand-over"), machine.path("/srv/files")
+    script.write_text(ON_DONE)
+    script.chmod(0o755)
+    folder.mkdir()
+    os.chown(folder, 0, 9)  # a group that every system has
+    folder.chmod(0o2775)
+    with machine.path("/etc/grafx-poller/env").open("a") as env:
+        env.write("ON_DONE=hand-over\n")
+    with socket.socket(socket.AF_UNIX) as printer:
+        place = machine.path("/run/printer")
+        printer.bind(str(place))
+        printer.listen()
+        place.chmod(0o666)
+        service.start()
+        service.add(task)
+        service.says("ON_DONE says: .*Read-only file system")
+        machine.configure("ReadWritePaths=/srv/files\nSupplementaryGroups=9\nUMask=0027")
+        machine.run("systemctl", "restart", "grafx-poller")
+        service.add(later)
+        service.delivers(task, later)
+        printer.settimeout(PATIENCE)
+        printer.accept()[0].close()
+    assert {path.name for path in folder.iterdir()} == {f"{task}.png", f"{later}.png"}
+    stat = (folder / f"{later}.png").stat()
+    assert (stat.st_gid, oct(stat.st_mode)) == (9, oct(0o100640))
+
+
+def test_the_timer(service: Service) -> None:
+    machine = service.machine
+    done, pending = service.grafx.add(), service.grafx.add("never")
+    service.add(done, pending)
+    machine.paste(TIMER_BLOCK)
+    try:
+        service.delivers(done)
+        eventually(lambda: machine.show("ActiveState") == "inactive", "its end")
+        assert machine.show("Type") == "oneshot"
+        assert service.says("^grafx-poller.service: Deactivated successfully")
+        assert list(service.state()["orders"]) == [pending]
+        assert service.says(f"{done} delivered")["PRIORITY"] == "6"
+        assert machine.show("UnitFileState") == "disabled"
+        assert machine.show("UnitFileState", unit="grafx-poller.timer") == "enabled"
+        active, following = machine.show("ActiveState", "NextElapseUSecMonotonic", unit="grafx-poller.timer")
+        assert active == "active"
+        assert following not in ("", "0", "infinity")
+        place = "/etc/systemd/system/grafx-poller.timer"
+        assert "timer" not in machine.run("systemd-analyze", "verify", place, check=False).stdout
+    finally:
+        machine.run("systemctl", "disable", "--now", "grafx-poller.timer")
+        machine.path("/etc/systemd/system/grafx-poller.service.d/once.conf").unlink()
+        machine.run("systemctl", "daemon-reload")
