@@ -136,6 +136,7 @@ def _environment(origin: tuple[str, str, int]) -> dict[str, Any]:
     return {"proxies": found["proxies"], "verify": found["verify"]}
 
 
+@functools.lru_cache(maxsize=64)
 def origin(url: str) -> tuple[str, str, int]:
     """Scheme, host and port. Raises ValueError for what is no http or https address."""
     parts = urlsplit(url)
@@ -331,19 +332,21 @@ def order_done(
         # final name, but perhaps not yet for ever.
         _sync_folder(orders_dir)
         return True
-    root = f"{base_url}/grafx/api/v1/environment/{quote(environment, safe='')}"
-    response = _get(http, f"{root}/output/tasks/{task_id}", base_url, token)
-    answer = _body(http, response)
+    request = _tasks(base_url, environment).copy()
+    request.url = f"{request.url}{task_id}"
+    response = _get(http, request, base_url, token)
     if response.status_code == 204:
+        response.raw.drain_conn()
+        http.done()
         return False
+    answer = _body(http, response)
     if response.status_code != 200:
         raise _trouble(response, answer, token)
     try:
-        link: str = answer["links"]["download"]
-        origin(str(requests.Request("GET", link).prepare().url))
+        request = _prepared(answer["links"]["download"])
     except (LookupError, ValueError, AttributeError, TypeError):
         raise OrderFailed("GraFx says finished, but gives no download link", 200) from None
-    response = _get(http, link, base_url, token)
+    response = _get(http, request, base_url, token)
     if response.status_code == 410:
         _body(http, response)
         raise OrderFailed("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
@@ -353,26 +356,36 @@ def order_done(
     return True
 
 
-def _get(http: Connections, url: str, base_url: str, token: DangerousToken) -> requests.Response:
+@functools.lru_cache(maxsize=1)
+def _tasks(base_url: str, environment: str) -> requests.PreparedRequest:
+    """The question without its task id: to prepare it takes longer than all else about a question."""
+    return _prepared(f"{base_url}/grafx/api/v1/environment/{quote(environment, safe='')}/output/tasks/")
+
+
+def _prepared(url: str) -> requests.PreparedRequest:
+    """A request for `url`, as requests cleans it. Raises ValueError for what is no http or https address."""
+    request = requests.Request("GET", url, HEADERS).prepare()
+    origin(str(request.url))
+    return request
+
+
+def _get(
+    http: Connections, request: requests.PreparedRequest, base_url: str, token: DangerousToken
+) -> requests.Response:
     """GET, redirects followed; the token goes along to `base_url`'s own server and nowhere else.
 
     Raises AskAgainLater.
     """
     home, refused = origin(base_url), None
     for _ in range(REDIRECTS + 3):  # and a change to https, and a new token
-        try:
-            # Compared is what requests made of the address, since that is where it connects to:
-            # it and urlsplit do not agree on whose "http://one\\@two/" is.
-            request = requests.Request("GET", url, HEADERS).prepare()
-            where = origin(str(request.url))
-        except ValueError:
-            raise AskAgainLater("redirected to what is no http address") from None
+        # Compared is what requests made of the address, since that is where it connects to:
+        # it and urlsplit do not agree on whose "http://one\\@two/" is.
+        where = origin(str(request.url))
         if home[0] == "https" and where[:2] == ("http", home[1]) and where[2] in (80, home[2]):
             # A server behind a TLS proxy may not know that it is.
-            url = (
-                urlsplit(str(request.url))._replace(scheme="https", netloc=urlsplit(base_url).netloc).geturl()
-            )
-            continue
+            parts = urlsplit(str(request.url))
+            request.url = parts._replace(scheme="https", netloc=urlsplit(base_url).netloc).geturl()
+            where = home
         if where == home:
             current = token.get(http, refused)
             request.headers["Authorization"] = f"Bearer {current.value}"
@@ -384,7 +397,10 @@ def _get(http: Connections, url: str, base_url: str, token: DangerousToken) -> r
             refused = current
         elif response.is_redirect:
             _body(http, response)
-            url = urljoin(url, response.headers["Location"])
+            try:
+                request = _prepared(urljoin(str(request.url), response.headers["Location"]))
+            except ValueError:
+                raise AskAgainLater("redirected to what is no http address") from None
         else:
             return response
     raise AskAgainLater("redirected in circles")

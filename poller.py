@@ -529,6 +529,7 @@ class Poller:
             self.complain("write", str(error))
             return
         self.complain("write", "")
+        self.complain("read", "")
         self.delivered.clear()
         self.failed.clear()
         self.take(store)

@@ -33,7 +33,24 @@ WATCH = (
     "sys.addaudithook(lambda what, about: print({'open': '<read %s>', 'os.rename': '<to %s>'}[what] % ("
     "about[what == 'os.rename'],), file=sys.stderr) if what in ('open', 'os.rename') else None)"
 )
+REPORTS: list[str] = []  # what tests want to be printed at the end
+
 PATIENCE = 30.0  # seconds: how long a busy machine may take for anything
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Of pytest-xdist: a worker has ended, and hands in its reports."""
+    REPORTS.extend(getattr(node, "workeroutput", {}).get("reports", []))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    getattr(session.config, "workeroutput", {})["reports"] = REPORTS
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for report in REPORTS:
+        terminalreporter.write_line("\n" + report)
 
 
 def eventually(true: Callable[[], Any], what: str = "", patience: float = PATIENCE) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Home, eventually
+from conftest import REPORTS, Home, eventually
 from sandbox import PAGE, Request, Sandbox
 
 YEAR = 365 * 86400
@@ -257,8 +257,7 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         ]
     problems = [future.exception() for future in futures if future.exception()]
     yield
-    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        print("", *table(rows), sep="\n")
+    REPORTS.append("\n".join(table(rows)))
     assert not problems, problems
 
 
