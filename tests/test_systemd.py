@@ -690,3 +690,19 @@ def test_the_timer(service: Service) -> None:
         machine.run("systemctl", "disable", "--now", "grafx-poller.timer")
         machine.path("/etc/systemd/system/grafx-poller.service.d/once.conf").unlink()
         machine.run("systemctl", "daemon-reload")
+
+
+def test_the_template_of_several_pollers(service: Service) -> None:
+    machine, task_id = service.machine, service.grafx.add()
+    block = re.findall(r"^```sh\n(cd /etc/systemd/system\n.*?)^```$", README, re.DOTALL | re.MULTILINE)[0]
+    state, python = "/var/lib/grafx-poller-two", "/opt/grafx-poller/.venv/bin/python"
+    try:
+        machine.paste(block)
+        machine.paste(f"DATABASE={state}/database.json {python} /opt/grafx-poller/db.py add {task_id}")
+        file = machine.path(f"{state}/orders/{task_id}.png")
+        eventually(file.exists, "the second poller's file")
+        assert file.read_bytes() == service.grafx.body(task_id)
+        assert machine.show("ActiveState", unit="grafx-poller@one") == "active"
+        assert not list(machine.path("/var/lib/grafx-poller-one/orders").iterdir())
+    finally:
+        machine.run("systemctl", "disable", "--now", "grafx-poller@one", "grafx-poller@two")
