@@ -469,9 +469,9 @@ def main() -> int:
             _list(Path(os.path.realpath(default_path())))
         else:
             moved = retry_orders(None if given.all else [given.task_id])
-            print(f"{len(moved)} failed order{'s' * (len(moved) != 1)} will be asked about again")
             if not moved and not given.all:
                 raise ValueError(f'{given.task_id} is not under "failed"; python db.py list shows what is')
+            print(f"{len(moved)} failed order{'s' * (len(moved) != 1)} will be asked about again")
     except (DatabaseError, ValueError) as error:
         print(f"db.py: {error}", file=sys.stderr)
         return 1
