@@ -54,6 +54,7 @@ PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
 
 log = logging.getLogger("chili")
 Progress = Callable[[int, "int | None"], None]  # bytes so far, bytes in all where GraFx says so
+_secrets: deque[str] = deque(maxlen=32)  # the last tokens and the secret: what `plain` takes out
 
 
 class OrderFailed(Exception):
@@ -148,22 +149,22 @@ def origin(url: str) -> tuple[str, str, int]:
 def _send(http: Connections, request: requests.PreparedRequest, home: bool) -> requests.Response:
     """One request, its answer's body unread. Raises AskAgainLater.
 
-    A `Session` is done without: it would let ~/.netrc replace the token, carry cookies from
+    No `Session` is used: it would let ~/.netrc replace the token, carry cookies from
     one order to the next, and read a redirect's body whatever its size.
     """
     began, url = time.monotonic(), str(request.url)
-    plain = url.partition("?")[0]  # a signed link's signature is a secret, too
+    where = plain(url.partition("?")[0])  # a signed link's signature is a secret, too
     try:
         response = http.send(request, stream=True, timeout=TIMEOUT, **_environment(origin(url)))
     except (requests.RequestException, HTTPError, HTTPException, ValueError, OSError) as error:
         # MaxRetryError, with no retries: it was the connecting that failed, which is no order's own.
         shared = home and isinstance(error.args[0] if error.args else None, MaxRetryError)
         message = f"{'GraFx unreachable: ' * shared}{urlsplit(url).hostname}: {_reason(error)}"
-        log.debug("%s %s: %s", request.method, plain, message)
+        log.debug("%s %s: %s", request.method, where, message)
         http.done()
         raise AskAgainLater(message, shared) from None
     log.debug(
-        "%s %s: %d, %.0f ms", request.method, plain, response.status_code, (time.monotonic() - began) * 1000
+        "%s %s: %d, %.0f ms", request.method, where, response.status_code, (time.monotonic() - began) * 1000
     )
     return response
 
@@ -176,7 +177,7 @@ def _reason(error: BaseException) -> str:
         causes = (*error.args, getattr(error, "reason", None), error.__cause__)
         inner = next((cause for cause in causes if isinstance(cause, BaseException)), None)
     text = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error)
-    return _plain(str(text)) or type(error).__name__
+    return plain(text) or type(error).__name__
 
 
 def _pieces(http: Connections, response: requests.Response) -> Iterator[bytes]:
@@ -219,7 +220,7 @@ def _body(http: Connections, response: requests.Response) -> Any:
 
 
 def _retry_after(response: requests.Response) -> float | None:
-    """Seconds, from either form of RFC 9110, section 10.2.3; None where there is no sense in it."""
+    """Seconds, from either form of RFC 9110, section 10.2.3; None where it makes no sense."""
     value = response.headers.get("Retry-After", "").strip()
     date = email.utils.parsedate_to_datetime
     try:
@@ -253,7 +254,8 @@ class DangerousToken:
         self._lock = threading.Lock()
         self._token: _Token | None = None
         self._error: tuple[float, AskAgainLater] | None = None
-        self.issued: deque[str] = deque(maxlen=16)  # what scrub knows
+        self.issued = False  # whether there ever was one
+        _secrets.append(client_secret)
 
     def get(self, http: Connections, refused: _Token | None = None) -> _Token:
         """The token, fetched where there is none, where its end is near, or where it was `refused`.
@@ -274,12 +276,6 @@ class DangerousToken:
                     raise
             return token
 
-    def scrub(self, text: str) -> str:
-        """`text` without token and secret, which a server may echo."""
-        for secret in (self._secret, *self.issued):
-            text = text.replace(secret, "[secret]")
-        return text
-
     def _fetch(self, http: Connections) -> _Token:
         form = {"grant_type": "client_credentials", "audience": AUDIENCE}
         form |= {"client_id": self._id, "client_secret": self._secret}
@@ -291,7 +287,7 @@ class DangerousToken:
             raise AskAgainLater(f"no token: {error}", shared=True) from None
         answer = answer if isinstance(answer, dict) else {}
         if response.status_code in (400, 401, 403):  # RFC 6749, section 5.2
-            said = one_line(answer.get("error_description") or answer.get("error") or "", self)
+            said = plain(answer.get("error_description") or answer.get("error") or "")
             raise CredentialsRefused(
                 f"{self._url} refuses SERVER_ID and SERVER_SECRET: {_status(response)} {said}".rstrip(),
                 shared=True,
@@ -306,7 +302,8 @@ class DangerousToken:
             )
         if not isinstance(lasts, (int, float)) or not 0 < lasts < 1e9:
             lasts = 3600  # where it ends earlier, a 401 tells
-        self.issued.append(value)
+        self.issued = True
+        _secrets.extend((self._secret, value))
         return _Token(value, time.monotonic() + lasts - min(TOKEN_MARGIN, lasts / 2))
 
 
@@ -341,9 +338,9 @@ def order_done(
         return False
     answer = _body(http, response)
     if response.status_code != 200:
-        raise _trouble(response, answer, token)
+        raise _trouble(response, answer)
     try:
-        request = _prepared(answer["links"]["download"])
+        request = prepared(answer["links"]["download"])
     except (LookupError, ValueError, AttributeError, TypeError):
         raise OrderFailed("GraFx says finished, but gives no download link", 200) from None
     response = _get(http, request, base_url, token)
@@ -351,7 +348,7 @@ def order_done(
         _body(http, response)
         raise OrderFailed("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
     if response.status_code != 200:
-        raise _trouble(response, _body(http, response), token, "the download: ")
+        raise _trouble(response, _body(http, response), "the download: ")
     _save(http, response, orders_dir, task_id, progress)
     return True
 
@@ -359,10 +356,10 @@ def order_done(
 @functools.lru_cache(maxsize=1)
 def _tasks(base_url: str, environment: str) -> requests.PreparedRequest:
     """The question without its task id: to prepare it takes longer than all else about a question."""
-    return _prepared(f"{base_url}/grafx/api/v1/environment/{quote(environment, safe='')}/output/tasks/")
+    return prepared(f"{base_url}/grafx/api/v1/environment/{quote(environment, safe='')}/output/tasks/")
 
 
-def _prepared(url: str) -> requests.PreparedRequest:
+def prepared(url: str) -> requests.PreparedRequest:
     """A request for `url`, as requests cleans it. Raises ValueError for what is no http or https address."""
     request = requests.Request("GET", url, HEADERS).prepare()
     origin(str(request.url))
@@ -398,7 +395,7 @@ def _get(
         elif response.is_redirect:
             _body(http, response)
             try:
-                request = _prepared(urljoin(str(request.url), response.headers["Location"]))
+                request = prepared(urljoin(str(request.url), response.headers["Location"]))
             except ValueError:
                 raise AskAgainLater("redirected to what is no http address") from None
         else:
@@ -406,24 +403,21 @@ def _get(
     raise AskAgainLater("redirected in circles")
 
 
-def _trouble(
-    response: requests.Response, answer: Any, token: DangerousToken, what: str = ""
-) -> OrderFailed | AskAgainLater:
+def _trouble(response: requests.Response, answer: Any, what: str = "") -> OrderFailed | AskAgainLater:
     """What an answer that is neither 200 nor 204 means, in one line."""
     status, problem = response.status_code, answer if isinstance(answer, dict) else {}
-    said = ": ".join(one_line(problem[key], token) for key in ("title", "detail") if problem.get(key))
+    said = ": ".join(plain(problem[key]) for key in ("title", "detail") if problem.get(key))
     message = what + (said or f"GraFx answered {_status(response)}")
     if (status == 500 and said) or (400 <= status < 500 and status not in (407, 408, 425, 429)):
         return OrderFailed(message, status)
     return AskAgainLater(f"{what}GraFx answered {_status(response)}", pause=_retry_after(response))
 
 
-def one_line(said: Any, token: DangerousToken) -> str:
+def plain(said: Any) -> str:
     """A server's words, fit for a log: one line, no control characters, no secret, not too long."""
-    return _plain(token.scrub(str(said)))
-
-
-def _plain(text: str) -> str:
+    text = str(said)
+    for secret in _secrets:  # which a server may echo
+        text = text.replace(secret, "[secret]")
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:500]
 
 

@@ -249,7 +249,8 @@ def lock(path: Path, name: str, patience: float) -> TextIO:
     place = path.with_name(f".{path.name}.{name}")
     deadline = time.monotonic() + patience
     try:
-        file = place.open("a+")
+        # No link is followed: root may call in a folder that is another user's.
+        file = open(place, "a+", opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o666))  # noqa: SIM115
         _give(file.fileno(), path.parent)
         while True:
             try:
@@ -311,7 +312,7 @@ def _change(path: Path | None, edit: Callable[[Store], bool], patience: float = 
 
 
 def _give(fd: int, like: Path) -> None:
-    """Where root runs `db.py`, the file must still be the poller's; nobody else can or need."""
+    """Where root runs `db.py`, the file must still be the poller's; nobody else can, or needs to."""
     if os.geteuid() == 0:
         os.fchown(fd, like.stat().st_uid, like.stat().st_gid)
         os.fchmod(fd, like.stat().st_mode & 0o664)
@@ -373,8 +374,10 @@ def end_orders(
     patience: seconds to wait for the lock. Where DatabaseError is raised, nothing has changed.
     """
 
+    ended = {*delivered, *failed}
+
     def edit(store: Store) -> bool:
-        gone = {*delivered, *failed} & store.orders.keys()
+        gone = ended & store.orders.keys()
         records = (
             store.data.setdefault("failed", {}) if gone & failed.keys() else store.data.get("failed", {})
         )
@@ -393,11 +396,12 @@ def end_orders(
 
 
 def retry_orders(task_ids: Iterable[str] | None = None, path: Path | None = None) -> list[str]:
-    """Move failed orders (None: all) back among the waiting ones; gives those moved."""
+    """Move failed orders (None: all) back among the waiting ones; returns those moved."""
     moved: list[str] = []
+    asked = None if task_ids is None else dict.fromkeys(task_ids)  # each once; `edit` may be called twice
 
     def edit(store: Store) -> bool:
-        wanted = store.failed if task_ids is None else task_ids
+        wanted = store.failed if asked is None else asked
         moved[:] = [task_id for task_id in wanted if task_id in store.failed and is_task_id(task_id)]
         for task_id in moved:
             record = store.data["failed"].pop(task_id)
@@ -460,7 +464,8 @@ def main() -> int:
     which.add_argument("--all", action="store_true", help="all of them")
     given = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what a terminal cannot show
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `db.py list | head` is no error
+    for name in (signal.SIGPIPE, signal.SIGINT):  # `db.py list | head` and Ctrl-C are no errors
+        signal.signal(name, signal.SIG_DFL)
     try:
         if given.command == "add":
             new = add_order(given.task_id, given.project)

@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
-from urllib.parse import urlsplit
 
 import chili
 import db
@@ -86,14 +85,14 @@ def load_settings() -> Settings:
     def address(name: str, url: str) -> str:
         try:
             scheme, host, _ = chili.origin(url)
-            if urlsplit(url).query or urlsplit(url).username is not None:
+            # It must still be the same server when requests has cleaned it.
+            if set("?#@") & set(url) or chili.origin(str(chili.prepared(url).url)) != chili.origin(url):
                 raise ValueError
             if scheme == "http" and not is_loopback(host):
-                wrong.append(
-                    f"{name} must begin with https://, else the token crosses the network in the clear"
-                )
+                wrong.append(f"{name} must begin with https://, else the token travels unencrypted")
         except ValueError:
-            wrong.extend([f"{name} is no web address: write it as https://HOST"] * bool(url))
+            if url:
+                wrong.append(f"{name} is no web address: write it as https://HOST")
         return url.rstrip("/")
 
     def number(
@@ -103,7 +102,9 @@ def load_settings() -> Settings:
             value = kind(given.get(name, default))
             if least <= value <= most:
                 return value
-        wrong.append(f"{name} is {given[name]!r}: write a number from {least:g} to {most:g}")
+        wrong.append(
+            f"{name} is {given[name]!r}: write a {'whole ' * (kind is int)}number from {least:g} to {most:g}"
+        )
         return kind(default)
 
     def secret() -> str:
@@ -112,7 +113,7 @@ def load_settings() -> Settings:
         if "SERVER_SECRET" in given:
             wrong.append("SERVER_SECRET and SERVER_SECRET_FILE are both set: remove one of them")
         try:
-            text = (db.HERE / given["SERVER_SECRET_FILE"]).read_text().strip()
+            text = (db.HERE / given["SERVER_SECRET_FILE"]).read_text("utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             wrong.append(f"SERVER_SECRET_FILE: {error}: name a file that holds the secret and can be read")
             return ""
@@ -155,7 +156,7 @@ def load_settings() -> Settings:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether what is sent to `host` stays on this machine."""
+    """Whether `host` is this machine."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
@@ -254,7 +255,11 @@ class Order:
         self.size, self.total = size, total
 
     def __str__(self) -> str:
-        return f"{100 * self.size // self.total}% of {human(self.total)}" if self.total else human(self.size)
+        return (
+            f"{min(100, 100 * self.size // self.total)}% of {human(self.total)}"
+            if self.total
+            else human(self.size)
+        )
 
 
 def new_order(task_id: str, fields: db.Fields) -> Order:
@@ -286,7 +291,7 @@ class Poller:
         self.delivered: set[str] = set()  # these two are not yet written to database.json
         self.failed: dict[str, tuple[int | None, str]] = {}
         self.children: set[subprocess.Popen[str]] = set()  # ON_DONE commands at work
-        self.seen: db.Version | tuple[()] = ()  # the version of database.json that `orders` is from
+        self.seen: db.Version = None  # the version of database.json that `orders` is from
         self.strange: set[str] = set()  # its entries that were warned about
         self.failed_before = 0  # the orders under its "failed"
         self.complaints: dict[str, str] = {}  # what is wrong with reading it, and with writing it
@@ -298,7 +303,7 @@ class Poller:
         self.exit_code = 0
 
     def run(self) -> int:
-        """Poll until a signal, with `once` until each order was asked about; gives the exit code."""
+        """Poll until a signal, with `once` until each order was asked about; returns the exit code."""
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self.on_signal)
         for _ in range(self.settings.concurrency):
@@ -323,7 +328,7 @@ class Poller:
     def take_new_orders(self) -> None:
         """See whether database.json changed, and if so which orders came or went."""
         now = time.monotonic()
-        if now < self.looked + LOOK:
+        if self.once or now < self.looked + LOOK:
             return
         self.looked = now
         try:
@@ -337,10 +342,7 @@ class Poller:
 
     def take(self, store: db.Store) -> None:
         """Know the orders of `store`, and no others."""
-        again, self.seen = self.seen != (), store.version
-        self.failed_before = len(store.failed)
-        if again and self.once:
-            return
+        self.seen, self.failed_before = store.version, len(store.failed)
         for task_id in self.orders.keys() - store.orders.keys() - {""}:
             self.over(self.orders.pop(task_id))
         for task_id, fields in store.orders.items():
@@ -359,18 +361,21 @@ class Poller:
         now = time.monotonic()
         if now < self.paused_until:
             if self.once and self.due:
-                log.warning("%d orders were not asked about; the next call will", len(self.due))
+                log.warning("%d orders were not asked about; the next run will do it", len(self.due))
                 self.due.clear()
                 self.exit_code = 1
             return
-        while self.due and self.due[0][0] <= now and len(self.asking) < self.settings.concurrency:
+        free = 0 if self.stopping else self.settings.concurrency
+        while self.due and self.due[0][0] <= now and len(self.asking) < free:
             due, task_id = heapq.heappop(self.due)
             order = self.orders.get(task_id)
             if order is None or order.due != due or task_id in self.asking:
                 continue
             if task_id and not order.questions:
                 log.info(
-                    "%s asked about for the first time, project %s", task_id, order.project or "not given"
+                    "%s asked about for the first time, project %s",
+                    task_id,
+                    chili.plain(order.project) or "not given",
                 )
             order.questions, order.logged = order.questions + 1, now
             self.asking[task_id] = order
@@ -392,7 +397,7 @@ class Poller:
             self.answers.put((order, answer))
 
     def ask(self, order: Order) -> bool:
-        """What became of the order, as `chili.order_done` tells, and ON_DONE where it is set."""
+        """`chili.order_done`, then ON_DONE where it is set."""
         settings = self.settings
         if not order.task_id:
             self.token.get(self.http)
@@ -426,9 +431,9 @@ class Poller:
         del self.asking[task_id]
         order.size = 0
         if isinstance(answer, Exception) and not isinstance(answer, (chili.OrderFailed, chili.AskAgainLater)):
-            error, answer = answer, chili.AskAgainLater(f"{type(answer).__name__}, which nobody foresaw")
+            error, answer = answer, chili.AskAgainLater(f"unexpected {type(answer).__name__}")
             if order.trouble != str(answer):
-                log.error("%s: nobody foresaw this, please report it", task_id, exc_info=error)
+                log.error("%s: unexpected error, please report it", task_id, exc_info=error)
         if isinstance(answer, chili.AskAgainLater):
             self.later(order, answer)
             return
@@ -443,14 +448,13 @@ class Poller:
                 self.delivered.add(task_id)
                 self.last = time.strftime("%Y-%m-%d %H:%M:%S")
                 file = chili.find_file(self.settings.orders_dir, task_id)
+                name, amount = (
+                    file.name if file else "taken away already",
+                    human(size) if size else "here before",
+                )
+                took, times = time.monotonic() - order.born, order.questions
                 log.info(
-                    "%s delivered: %s, %s, %.1f s after it was ordered, questions: %d",
-                    *(
-                        task_id,
-                        file.name if file else "taken away already",
-                        human(size) if size else "here before",
-                    ),
-                    *(time.monotonic() - order.born, order.questions),
+                    "%s delivered: %s, %s, after %.1f s, questions: %d", task_id, name, amount, took, times
                 )
         elif answer is False:
             order.failures = 0
@@ -461,7 +465,7 @@ class Poller:
             if answer.final or order.failures == FAILURES:
                 self.orders.pop(task_id, None)
                 self.failed[task_id] = (answer.status, str(answer))
-                self.exit_code = 1 if self.once else 0
+                self.exit_code = int(self.once)
                 log.error("%s failed: %s", task_id, answer)
             else:
                 pause = min(pause, SHORTEST_PAUSE) if self.once else pause
@@ -472,7 +476,7 @@ class Poller:
 
     def later(self, order: Order, error: chili.AskAgainLater) -> None:
         """The order could not be asked about, or not be delivered, through no fault of its own."""
-        if self.stopping:
+        if self.stopping or self.orders.get(order.task_id) is not order:  # or somebody took it out
             return
         if isinstance(error, chili.CredentialsRefused) and not self.token.issued:
             log.error("%s", error)
@@ -485,16 +489,16 @@ class Poller:
         self.paused_until = max(self.paused_until, now + (error.pause or 0.0))
         order.failures, order.troubles = 0, order.troubles + 1
         if order.trouble != str(error):
-            self.over(order)
-            order.trouble = str(error)
             if not error.shared:
                 pause = f"; GraFx wants a pause of {error.pause:.0f} s for all" if error.pause else ""
                 log.warning("%s waits: %s%s", order.task_id, error, pause)
-            elif order.trouble not in self.shared:
+            elif str(error) not in self.shared:
                 log.warning("all orders wait: %s", error)
                 self.since = self.since or time.strftime("%Y-%m-%d %H:%M:%S")
             if error.shared:
-                self.shared.setdefault(order.trouble, set()).add(order.task_id)
+                self.shared.setdefault(str(error), set()).add(order.task_id)
+            self.over(order)  # after that, so that `since` stays
+            order.trouble = str(error)
         if self.once:
             self.exit_code = 1
         else:
@@ -515,14 +519,14 @@ class Poller:
         order.trouble = ""
 
     def write_outcomes(self) -> None:
-        """Write what came of the orders: as soon as nothing is under way, else all of a second at once."""
+        """Write what came of the orders: at once when nothing is under way, else once a second."""
         now = time.monotonic()
         soon = self.stopping or not (self.asking or self.complaints.get("write"))
         if not (self.delivered or self.failed) or (not soon and now < self.written + LOOK):
             return
         self.written = now
         try:
-            store = db.end_orders(self.delivered, self.failed, self.settings.database, patience=0.5)
+            store = db.end_orders(self.delivered, self.failed, self.settings.database, patience=0.3)
         except db.HalfSaved:
             return
         except db.DatabaseError as error:
@@ -532,7 +536,8 @@ class Poller:
         self.complain("read", "")
         self.delivered.clear()
         self.failed.clear()
-        self.take(store)
+        if not self.once:
+            self.take(store)
 
     def complain(self, what: str, problem: str) -> None:
         """Log once what is wrong with database.json, and once that it is over."""
@@ -550,11 +555,14 @@ class Poller:
         """Run ON_DONE for a delivered file. Raises NotHandedOver unless it ends with 0."""
         if self.stopping:
             raise NotHandedOver("the poller stops")
+        gone = NotHandedOver("its file was taken away before ON_DONE could have it")
+        file = chili.find_file(self.settings.orders_dir, order.task_id)
+        if file is None:
+            raise gone
         try:
-            file = chili.find_file(self.settings.orders_dir, order.task_id) or Path()
             arrived = file.stat().st_mtime  # the hour for `tell` goes on after a restart
         except OSError:
-            raise NotHandedOver("its file was taken away before ON_DONE could have it") from None
+            raise gone from None
         words = [word.replace("{}", str(file)) for word in self.settings.on_done]
         if words == self.settings.on_done:
             words.append(str(file))
@@ -573,7 +581,7 @@ class Poller:
 
         def listen() -> None:
             for line in iter(lambda: process.stdout.readline(2000) if process.stdout else "", ""):
-                if said := chili.one_line(line, self.token):
+                if said := chili.plain(line):
                     last[0] = said
                     log.info("%s: ON_DONE says: %s", order.task_id, said)
 
@@ -620,7 +628,7 @@ class Poller:
         if note != self.noted:
             self.noted = note
             db.take_note(self.lock, note)
-        parts = [*filter(None, [note]), status]
+        parts = [note, status] if note else [status]
         notify(f"{ready}WATCHDOG=1\nSTATUS={'; '.join(parts)}")  # from the loop, so only while it turns
         self.screen.show(" | ".join([*parts, *(f"{order.task_id[:8]} {order}" for order in loading)]))
         for order in loading:
@@ -632,7 +640,7 @@ class Poller:
         """Drop what is under way, write what came of the rest."""
         notify("STOPPING=1")
         self.stopping = True
-        deadline = time.monotonic() + 1.0
+        deadline = time.monotonic() + 0.8
         while self.asking and time.monotonic() < deadline:
             self.http.cut(everything=True)
             for child in tuple(self.children):
@@ -644,6 +652,8 @@ class Poller:
         for child in tuple(self.children):
             kill(child, signal.SIGKILL)
         self.write_outcomes()
+        if self.once and (self.delivered or self.failed):  # not written
+            self.exit_code = 1
         with contextlib.suppress(OSError):
             chili.remove_leftovers(self.settings.orders_dir)
         self.screen.show("")
@@ -661,7 +671,7 @@ def kill(process: subprocess.Popen[str], how: int) -> None:
 
 
 def check(settings: Settings) -> int:
-    """Try all that the poller needs, and say what is fine and what is not; gives the exit code."""
+    """Try all that the poller needs, and say what is fine and what is not; returns the exit code."""
 
     def database() -> str:
         store = db.read(settings.database)
@@ -672,24 +682,24 @@ def check(settings: Settings) -> int:
         return str(settings.orders_dir)
 
     def token() -> str:
-        chili.DangerousToken(settings.token_url, settings.server_id, settings.server_secret).get(
-            chili.Connections(1)
-        )
+        token = chili.DangerousToken(settings.token_url, settings.server_id, settings.server_secret)
+        token.get(chili.Connections(1))
         return f"{settings.token_url} gives one"
 
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--check | head` is no error
     print("ok    settings")
     code = 0
     for step in (database, folder, token):
         try:
-            print(f"ok    {step.__name__}: {step()}")
+            print(f"ok    {step.__name__}: {step()}", flush=True)
         except (db.DatabaseError, chili.AskAgainLater, OSError) as error:
-            print(f"WRONG {step.__name__}: {error}")
+            print(f"WRONG {step.__name__}: {error}", flush=True)
             code = EX_CONFIG if isinstance(error, chili.CredentialsRefused) else code or 1
     return code
 
 
 def main() -> int:
-    """`python poller.py`; gives the exit code."""
+    """`python poller.py`; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="poller.py",
         description="Fetch the files of finished GraFx orders: from database.json to ./orders.",
@@ -704,6 +714,7 @@ def main() -> int:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log each request, without any secret")
     given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run` has its own: Ctrl-C needs no traceback
     screen = Screen()
     logging.basicConfig(handlers=[screen])
     for logger in (log, logging.getLogger("chili")):
@@ -720,10 +731,12 @@ def main() -> int:
         return check(settings)
     try:
         with db.lock(settings.database, "pid", patience=0) as lock:
-            db.read(settings.database)
+            store = db.read(settings.database)
             prepare_folder(settings.orders_dir)
             chili.remove_leftovers(settings.orders_dir)
-            return Poller(settings, screen, lock, given.once).run()
+            poller = Poller(settings, screen, lock, given.once)
+            poller.take(store)
+            return poller.run()
     except (db.DatabaseError, OSError) as error:
         log.error("%s", error)
         return 1
@@ -732,5 +745,4 @@ def main() -> int:
 if __name__ == "__main__":
     code = main()
     logging.shutdown()
-    sys.stdout.flush()
     os._exit(code)  # a thread that still hangs somewhere must not hold up the end

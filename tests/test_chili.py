@@ -6,7 +6,9 @@ import email.utils
 import os
 import resource
 import signal
+import socket
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -591,3 +593,24 @@ def test_proxies_from_the_environment(
             assert (home.orders / f"{task}.png").read_bytes() == sandbox.body(task)
             assert bool(proxy.asked) is not bool(excepted)
             assert all(asked.startswith(method) for asked in proxy.asked)
+
+
+@pytest.mark.parametrize("answer", ["HTTP/1.1 200 {echo}", "{echo} 200 OK", "HTTP/1.1 {echo}"])
+def test_a_token_in_a_broken_answer_is_not_said(grafx: Sandbox, tmp_path: Path, answer: str) -> None:
+    """A server that puts what it was sent into its status line."""
+    token = chili.DangerousToken(grafx.token_url, grafx.client_id, grafx.client_secret)
+    http = chili.Connections(1)
+    value = token.get(http).value
+
+    def serve(listener: socket.socket) -> None:
+        peer, _ = listener.accept()
+        with peer:
+            peer.recv(65536)
+            peer.sendall((answer.format(echo=f"Bearer {value}") + "\r\n\r\n").encode())
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises((FAILED, LATER)) as raised:
+            chili.order_done("a", base_url, "e", token, http, tmp_path)
+    assert value not in str(raised.value)

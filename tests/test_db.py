@@ -435,3 +435,19 @@ def test_the_shipped_database_is_empty_and_in_the_own_shape() -> None:
     )
     text = shipped.stdout if shipped.returncode == 0 else (ROOT / "database.json").read_text()
     assert text == '{\n    "orders": {},\n    "failed": {}\n}\n'
+
+
+def test_a_lock_that_is_a_link_is_not_followed(path: Path) -> None:
+    """Root may call in a folder that is another user's."""
+    victim = path.with_name("victim")
+    victim.write_text("precious")
+    path.with_name(f".{path.name}.lock").symlink_to(victim)
+    with pytest.raises(db.DatabaseError):
+        db.add_order("a", path=path)
+    assert victim.read_text() == "precious"
+
+
+def test_the_same_id_twice_is_tried_again_once(path: Path) -> None:
+    path.write_text('{"orders": {}, "failed": {"a": {"status": 500}}}')
+    assert db.retry_orders(iter(["a", "a"]), path) == ["a"]
+    assert list(db.get_orders(path)) == ["a"]

@@ -54,7 +54,7 @@ def well(home: Home, poller: Running, *task_ids: str) -> None:
     for task_id in task_ids:
         assert (home.orders / f"{task_id}.png").read_bytes() == home.grafx.body(task_id)
     assert "Traceback" not in poller.log(), poller.log()
-    assert "unforeseen" not in poller.log(), poller.log()
+    assert "unexpected" not in poller.log(), poller.log()
     assert not [name for name in home.files() if name.startswith(".")]
 
 

@@ -792,3 +792,20 @@ def test_readme_a_printer(
         assert ended.process.returncode == 1
         assert re.search(r"ON_DONE says: lp: .*does not exist", ended.log())
         assert list(home.waiting()) == [task_id]
+
+
+def test_a_file_that_was_taken_away_is_fetched_again(desk: Desk) -> None:
+    """By another program, in the moment before the command could have it."""
+    home = desk.home
+    desk.command('echo "$ORDER_FILE" >>"$FOLDER/log"')
+    task_id = home.grafx.add()
+    home.wait_for(task_id)
+    before = (
+        f"{QUICK}; hand_over = poller.Poller.hand_over; took = []; poller.Poller.hand_over = "
+        "lambda self, order: (took or took.append(chili.find_file(self.settings.orders_dir, order.task_id)"
+        ".unlink() or 1), hand_over(self, order))[1]"
+    )
+    running = home.start(before=before)
+    running.says(f"{task_id} waits: its file was taken away")
+    eventually(lambda: not home.waiting(), "it is handed over")
+    assert (home.folder / "log").read_text() == f"{home.orders / task_id}.png\n"

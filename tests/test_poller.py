@@ -604,3 +604,32 @@ def test_no_other_answer_is_read_past_1_mib(home: Home) -> None:
     assert daemon.stop() == 0
     assert peak[0] < MEMORY
     assert home.files() == [f"{task}.png"]
+
+
+def test_once_ends_with_1_where_an_outcome_could_not_be_written(home: Home) -> None:
+    home.wait_for(home.grafx.add())
+    ended = home.run("--once", before="db._change = lambda *_: (_ for _ in ()).throw(db.DatabaseError('no'))")
+    assert ended.process.returncode == 1, ended.log()
+    assert len(home.waiting()) == 1
+
+
+def test_an_order_that_was_taken_out_leaves_no_trouble_behind(home: Home) -> None:
+    """It met what all orders wait for, but is none of them any more."""
+    home.wait_for("taken-out")
+    trouble = "(time.sleep(4), (_ for _ in ()).throw(chili.AskAgainLater('GraFx is away', shared=True)))"
+    ask = f"lambda id, *more: {trouble} if id == 'taken-out' else done(id, *more)"
+    running = home.start(before=f"{QUICK}; import time; done = chili.order_done; chili.order_done = {ask}")
+    running.says("taken-out asked about for the first time")
+    home.wait_for()
+    time.sleep(5)  # its answer comes
+    task_id = home.grafx.add()
+    home.wait_for(task_id)
+    running.says(f"{task_id} delivered")
+    assert "GraFx is away" not in running.log()
+
+
+def test_after_sigterm_nothing_is_asked(home: Home) -> None:
+    home.wait_for(home.grafx.add())
+    ended = home.run(before="poller.Poller.take_new_orders = lambda self: self.on_signal()")
+    assert ended.process.returncode == 0
+    assert home.grafx.requests == []

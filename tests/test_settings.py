@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -261,3 +262,22 @@ def test_once_ends_without_a_network(home: Home) -> None:
     assert ended.process.returncode == 1
     assert len(home.waiting()) == 1
     eventually(lambda: "refused" in ended.log())
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://.example.com", "https://a b.example.com", "https://*.example.com", "https://a.b/#/projects"],
+)
+def test_an_address_that_nothing_can_be_asked_at_is_named(home: Home, url: str) -> None:
+    ended = home.run("--check", BASEURL=url)
+    assert ended.process.returncode == 78
+    assert "BASEURL is no web address" in ended.log()
+
+
+@pytest.mark.parametrize("arguments", [["--check"], ["--once"]])
+def test_ctrl_c_before_the_loop_needs_no_traceback(home: Home, arguments: list[str]) -> None:
+    home.grafx.fault("token", "hang", times=None)
+    running = home.start(*arguments)
+    eventually(lambda: home.grafx.requests, "the token is asked for")
+    running.stop(signal.SIGINT)
+    assert "Traceback" not in running.log()

@@ -187,7 +187,7 @@ def test_the_journal_gets_levels_and_no_times(home: Home, grafx: Sandbox) -> Non
         (4, "not a task id"),
         (4, " waits: "),
         (3, " failed: Invalid list variable value"),
-        (3, "nobody foresaw this"),
+        (3, "unexpected error"),
         (3, "Traceback"),
         (3, '  File "'),
         (3, "KeyError: "),
@@ -195,7 +195,7 @@ def test_the_journal_gets_levels_and_no_times(home: Home, grafx: Sandbox) -> Non
         found = [line for line in lines if pattern in line]
         assert found, (pattern, lines)
         assert {line[:3] for line in found} == {f"<{level}>"}, found
-    start = next(place for place, line in enumerate(lines) if "nobody foresaw" in line)
+    start = next(place for place, line in enumerate(lines) if "unexpected error" in line)
     end = next(place for place, line in enumerate(lines) if "KeyError: " in line)
     assert end > start + 2
     assert {line[:3] for line in lines[start : end + 1]} == {"<3>"}
