@@ -613,4 +613,4 @@ def test_a_token_in_a_broken_answer_is_not_said(grafx: Sandbox, tmp_path: Path, 
         base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises((FAILED, LATER)) as raised:
             chili.order_done("a", base_url, "e", token, http, tmp_path)
-    assert value not in str(raised.value)
+    assert value[:100] not in str(raised.value)
