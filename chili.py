@@ -95,11 +95,14 @@ class Connections(HTTPAdapter):
 
     def __init__(self, size: int) -> None:
         super().__init__(pool_maxsize=size)
+        self._pools: dict[tuple[str, str, int], Any] = {}
         self._reading: dict[int, tuple[float, socket.socket]] = {}  # thread: (monotonic, its socket)
 
-    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-        if "ConnectionCls" not in vars(pool):  # still urllib3's own
+    def get_connection_with_tls_context(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        where = origin(request.url)
+        pool: Any = self._pools.get(where)
+        if pool is None or pool.pool is None:  # new, or closed by urllib3, which keeps ten
+            pool = self._pools[where] = super().get_connection_with_tls_context(request, *args, **kwargs)
 
             class Connection(pool.ConnectionCls):  # type: ignore[misc]
                 def getresponse(self, *args: Any, **kwargs: Any) -> Any:
@@ -153,19 +156,22 @@ def _send(http: Connections, request: requests.PreparedRequest, home: bool) -> r
     one order to the next, and read a redirect's body whatever its size.
     """
     began, url = time.monotonic(), str(request.url)
-    where = plain(url.partition("?")[0])  # a signed link's signature is a secret, too
+
+    def debug(outcome: Any) -> None:
+        if log.isEnabledFor(logging.DEBUG):  # without the query: a signed link's signature is a secret, too
+            where, took = plain(url.partition("?")[0]), (time.monotonic() - began) * 1000
+            log.debug("%s %s: %s, %.0f ms", request.method, where, outcome, took)
+
     try:
         response = http.send(request, stream=True, timeout=TIMEOUT, **_environment(origin(url)))
     except (requests.RequestException, HTTPError, HTTPException, ValueError, OSError) as error:
         # MaxRetryError, with no retries: it was the connecting that failed, which is no order's own.
         shared = home and isinstance(error.args[0] if error.args else None, MaxRetryError)
         message = f"{'GraFx unreachable: ' * shared}{urlsplit(url).hostname}: {_reason(error)}"
-        log.debug("%s %s: %s", request.method, where, message)
+        debug(message)
         http.done()
         raise AskAgainLater(message, shared) from None
-    log.debug(
-        "%s %s: %d, %.0f ms", request.method, where, response.status_code, (time.monotonic() - began) * 1000
-    )
+    debug(response.status_code)
     return response
 
 
@@ -427,8 +433,10 @@ def plain(said: Any) -> str:
 def find_file(orders_dir: Path, task_id: str) -> Path | None:
     """The file of a task where it has been delivered."""
     stem = f"{orders_dir}/{task_id}."  # as text, since pathlib takes ten times as long
-    found = next((ext for ext in (*FORMATS, "bin") if os.path.isfile(stem + ext)), None)  # noqa: PTH113
-    return Path(stem + found) if found else None
+    for name in [stem + extension for extension in (*FORMATS, "bin")]:
+        if os.access(name, os.F_OK) and Path(name).is_file():
+            return Path(name)
+    return None
 
 
 def remove_leftovers(orders_dir: Path) -> None:
