@@ -261,7 +261,9 @@ def lock(path: Path, name: str, patience: float) -> TextIO:
                 if time.monotonic() >= deadline:
                     file.seek(0)
                     holder = file.readline().partition(" ")[0].strip() or "unknown"
-                    raise DatabaseError(f"{place} is held by process {holder}") from None
+                    raise DatabaseError(
+                        f"{place} is held by process {holder}. Wait for its end, or end it."
+                    ) from None
             time.sleep(0.01)
     except OSError as error:
         raise DatabaseError(f"cannot lock {place}: {error.strerror}. {MEND}") from None

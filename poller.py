@@ -164,12 +164,16 @@ def is_loopback(host: str) -> bool:
 
 def prepare_folder(orders_dir: Path) -> None:
     """Make the folder where it is missing, and see that a file can be made. Raises OSError."""
-    if not orders_dir.is_dir():
-        orders_dir.mkdir()
-        db.sync_folder(orders_dir.parent)
     trial = orders_dir / ".trial.part"
-    trial.touch()
-    trial.unlink()
+    try:
+        if not orders_dir.is_dir():
+            orders_dir.mkdir()
+            db.sync_folder(orders_dir.parent)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        mend = "Make the folder, or mend its permissions."
+        raise OSError(f"cannot write to ORDERS_DIR, {orders_dir}: {error.strerror}. {mend}") from None
 
 
 # --- what a person sees ----------------------------------------------------------------------
