@@ -259,11 +259,9 @@ class Order:
         self.size, self.total = size, total
 
     def __str__(self) -> str:
-        return (
-            f"{min(100, 100 * self.size // self.total)}% of {human(self.total)}"
-            if self.total
-            else human(self.size)
-        )
+        if not self.total:
+            return human(self.size)
+        return f"{min(100, 100 * self.size // self.total)}% of {human(self.total)}"
 
 
 def new_order(task_id: str, fields: db.Fields) -> Order:
@@ -452,10 +450,8 @@ class Poller:
                 self.delivered.add(task_id)
                 self.last = time.strftime("%Y-%m-%d %H:%M:%S")
                 file = chili.find_file(self.settings.orders_dir, task_id)
-                name, amount = (
-                    file.name if file else "taken away already",
-                    human(size) if size else "here before",
-                )
+                name = file.name if file else "taken away already"
+                amount = human(size) if size else "here before"
                 took, times = time.monotonic() - order.born, order.questions
                 log.info(
                     "%s delivered: %s, %s, after %.1f s, questions: %d", task_id, name, amount, took, times
@@ -563,7 +559,7 @@ class Poller:
         file = chili.find_file(self.settings.orders_dir, order.task_id)
         if file is None:
             raise gone
-        try:
+        try:  # it may go at any time
             arrived = file.stat().st_mtime  # the hour for `tell` goes on after a restart
         except OSError:
             raise gone from None
@@ -594,11 +590,9 @@ class Poller:
         listener.start()
         try:
             code = process.wait(self.settings.on_done_timeout)
-            end = (
-                f"ended with {code}"
-                if code >= 0
-                else f"was ended by signal {-code} ({signal.strsignal(-code)})"
-            )
+            end = f"ended with {code}"
+            if code < 0:
+                end = f"was ended by signal {-code} ({signal.strsignal(-code)})"
         except subprocess.TimeoutExpired:
             code, end = -1, f"took longer than {self.settings.on_done_timeout:g} s"
             kill(process, signal.SIGKILL)
