@@ -28,10 +28,11 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3 import HTTPResponse, Timeout
 from urllib3.exceptions import HTTPError, MaxRetryError
 
 AUDIENCE = "https://chiligrafx.com"
-TIMEOUT = (10.0, 30.0)  # seconds: to connect, and between two pieces of an answer
+TIMEOUT = Timeout(connect=10.0, read=30.0)  # seconds; read: between two pieces of an answer
 ANSWER_TIME = 60.0  # seconds for a whole small answer, and for each PIECE of a file
 PIECE = 64 * 1024  # bytes; with ANSWER_TIME: slower than 1 KiB/s counts as stuck
 ANSWER_SIZE = 1024 * 1024  # bytes of an answer that is not a file; GraFx's are below 10 kB
@@ -98,19 +99,38 @@ class Connections(HTTPAdapter):
         self._pools: dict[tuple[str, str, int], Any] = {}
         self._reading: dict[int, tuple[float, socket.socket]] = {}  # thread: (monotonic, its socket)
 
-    def get_connection_with_tls_context(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        where = origin(request.url)
-        pool: Any = self._pools.get(where)
+    def ask(self, method: str, url: str, headers: dict[str, str], body: str | None = None) -> HTTPResponse:
+        """An answer, its body unread. `url` is a `cleaned` one. Raises what urllib3 and requests raise.
+
+        No `Session`: it would let ~/.netrc replace the token, carry cookies from one order to the next,
+        and read a redirect's body whatever its size. No `HTTPAdapter.send` either: it looks for proxies
+        and certificates anew each time, which would be a quarter of what a question costs.
+        """
+        where = origin(url)
+        pool = self._pools.get(where)
         if pool is None or pool.pool is None:  # new, or closed by urllib3, which keeps ten
-            pool = self._pools[where] = super().get_connection_with_tls_context(request, *args, **kwargs)
+            pool = self._pools[where] = self._pool(url)
+        target = url if pool.proxy and where[0] == "http" else f"/{url.split('/', 3)[3]}"
+        response: HTTPResponse = pool.urlopen(
+            method, target, body, headers, timeout=TIMEOUT, retries=self.max_retries, redirect=False,
+            assert_same_host=False, preload_content=False, decode_content=False,
+        )  # fmt: skip
+        return response
 
-            class Connection(pool.ConnectionCls):  # type: ignore[misc]
-                def getresponse(self, *args: Any, **kwargs: Any) -> Any:
-                    connections.expect(self.sock)
-                    return super().getresponse(*args, **kwargs)
+    def _pool(self, url: str) -> Any:
+        """The connections to one server, by the proxies and certificates that requests finds for it."""
+        found = requests.Session().merge_environment_settings(url, {}, None, None, None)
+        request = requests.Request("GET", url).prepare()
+        pool: Any = self.get_connection_with_tls_context(request, found["verify"], found["proxies"])
+        self.cert_verify(pool, url, found["verify"], None)  # type: ignore[no-untyped-call]
+        expect = self.expect
 
-            connections = self
-            pool.ConnectionCls = Connection
+        class Connection(pool.ConnectionCls):  # type: ignore[misc]
+            def getresponse(self, *args: Any, **kwargs: Any) -> Any:
+                expect(self.sock)
+                return super().getresponse(*args, **kwargs)
+
+        pool.ConnectionCls = Connection
         return pool
 
     def expect(self, sock: socket.socket | None = None) -> None:
@@ -132,15 +152,6 @@ class Connections(HTTPAdapter):
 
 
 @functools.lru_cache(maxsize=64)
-def _environment(origin: tuple[str, str, int]) -> dict[str, Any]:
-    """Proxies and REQUESTS_CA_BUNDLE for a server, as requests finds them in the environment."""
-    scheme, host, port = origin
-    url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
-    found = requests.Session().merge_environment_settings(url, {}, True, None, None)
-    return {"proxies": found["proxies"], "verify": found["verify"]}
-
-
-@functools.lru_cache(maxsize=64)
 def origin(url: str) -> tuple[str, str, int]:
     """Scheme, host and port. Raises ValueError for what is no http or https address."""
     parts = urlsplit(url)
@@ -149,29 +160,34 @@ def origin(url: str) -> tuple[str, str, int]:
     return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def _send(http: Connections, request: requests.PreparedRequest, home: bool) -> requests.Response:
-    """One request, its answer's body unread. Raises AskAgainLater.
+def cleaned(url: str) -> str:
+    """`url` as requests makes it. Raises ValueError for what is no http or https address."""
+    url = str(requests.Request("GET", url).prepare().url)
+    origin(url)
+    return url
 
-    No `Session` is used: it would let ~/.netrc replace the token, carry cookies from
-    one order to the next, and read a redirect's body whatever its size.
-    """
-    began, url = time.monotonic(), str(request.url)
+
+def _send(
+    http: Connections, method: str, url: str, home: bool, headers: dict[str, str], body: str | None = None
+) -> HTTPResponse:
+    """One request, its answer's body unread. Raises AskAgainLater."""
+    began = time.monotonic()
 
     def debug(outcome: Any) -> None:
         if log.isEnabledFor(logging.DEBUG):  # without the query: a signed link's signature is a secret, too
             where, took = plain(url.partition("?")[0]), (time.monotonic() - began) * 1000
-            log.debug("%s %s: %s, %.0f ms", request.method, where, outcome, took)
+            log.debug("%s %s: %s, %.0f ms", method, where, outcome, took)
 
     try:
-        response = http.send(request, stream=True, timeout=TIMEOUT, **_environment(origin(url)))
+        response = http.ask(method, url, headers, body)
     except (requests.RequestException, HTTPError, HTTPException, ValueError, OSError) as error:
         # MaxRetryError, with no retries: it was the connecting that failed, which is no order's own.
-        shared = home and isinstance(error.args[0] if error.args else None, MaxRetryError)
+        shared = home and isinstance(error, MaxRetryError)
         message = f"{'GraFx unreachable: ' * shared}{urlsplit(url).hostname}: {_reason(error)}"
         debug(message)
         http.done()
         raise AskAgainLater(message, shared) from None
-    debug(response.status_code)
+    debug(response.status)
     return response
 
 
@@ -186,14 +202,14 @@ def _reason(error: BaseException) -> str:
     return plain(text) or type(error).__name__
 
 
-def _pieces(http: Connections, response: requests.Response) -> Iterator[bytes]:
+def _pieces(http: Connections, response: HTTPResponse) -> Iterator[bytes]:
     """The body, each piece at most PIECE bytes. Raises AskAgainLater where it does not come whole."""
     unzip = None
     if response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip"):
         unzip = zlib.decompressobj(wbits=31)  # nobody asked for it, but some gateways do it anyway
     try:
         since = 0
-        for piece in response.raw.stream(PIECE, decode_content=False):
+        for piece in response.stream(PIECE, decode_content=False):
             since += len(piece)
             if since >= PIECE:  # a chunk may be a single byte, and no reason for more patience
                 http.expect()
@@ -209,10 +225,11 @@ def _pieces(http: Connections, response: requests.Response) -> Iterator[bytes]:
         raise AskAgainLater(f"the answer broke off: {_reason(error)}") from None
     finally:
         response.close()
+        response.release_conn()
         http.done()
 
 
-def _body(http: Connections, response: requests.Response) -> Any:
+def _body(http: Connections, response: HTTPResponse) -> Any:
     """A small answer's JSON; None for none, for other text and for more than ANSWER_SIZE."""
     body = bytearray()
     for piece in _pieces(http, response):
@@ -225,7 +242,7 @@ def _body(http: Connections, response: requests.Response) -> Any:
         return None
 
 
-def _retry_after(response: requests.Response) -> float | None:
+def _retry_after(response: HTTPResponse) -> float | None:
     """Seconds, from either form of RFC 9110, section 10.2.3; None where it makes no sense."""
     value = response.headers.get("Retry-After", "").strip()
     date = email.utils.parsedate_to_datetime
@@ -236,8 +253,8 @@ def _retry_after(response: requests.Response) -> float | None:
     return min(max(seconds, 0.0), LONGEST_PAUSE)
 
 
-def _status(response: requests.Response) -> str:
-    return f"{response.status_code} {responses.get(response.status_code, '')}".strip()
+def _status(response: HTTPResponse) -> str:
+    return f"{response.status} {responses.get(response.status, '')}".strip()
 
 
 # --- the token -------------------------------------------------------------------------------
@@ -285,14 +302,14 @@ class DangerousToken:
     def _fetch(self, http: Connections) -> _Token:
         form = {"grant_type": "client_credentials", "audience": AUDIENCE}
         form |= {"client_id": self._id, "client_secret": self._secret}
+        headers = HEADERS | {"Content-Type": "application/json"}
         try:
-            request = requests.Request("POST", self._url, HEADERS, json=form).prepare()
-            response = _send(http, request, home=True)
+            response = _send(http, "POST", cleaned(self._url), True, headers, json.dumps(form))
             answer = _body(http, response)
         except AskAgainLater as error:
             raise AskAgainLater(f"no token: {error}", shared=True) from None
         answer = answer if isinstance(answer, dict) else {}
-        if response.status_code in (400, 401, 403):  # RFC 6749, section 5.2
+        if response.status in (400, 401, 403):  # RFC 6749, section 5.2
             said = plain(answer.get("error_description") or answer.get("error") or "")
             raise CredentialsRefused(
                 f"{self._url} refuses SERVER_ID and SERVER_SECRET: {_status(response)} {said}".rstrip(),
@@ -301,8 +318,8 @@ class DangerousToken:
             )
         value, lasts = str(answer.get("access_token") or ""), answer.get("expires_in")
         # RFC 6750, section 2.1. Anything else in a header would end up in an exception's text.
-        if response.status_code != 200 or not re.fullmatch(r"[\x21-\x7e]+", value):
-            said = _status(response) + " without one" * (response.status_code == 200)
+        if response.status != 200 or not re.fullmatch(r"[\x21-\x7e]+", value):
+            said = _status(response) + " without one" * (response.status == 200)
             raise AskAgainLater(
                 f"no token: {self._url} answered {said}", shared=True, pause=_retry_after(response)
             )
@@ -335,46 +352,35 @@ def order_done(
         # final name, but perhaps not yet for ever.
         _sync_folder(orders_dir)
         return True
-    request = _tasks(base_url, environment).copy()
-    request.url = f"{request.url}{task_id}"
-    response = _get(http, request, base_url, token)
-    if response.status_code == 204:
-        response.raw.drain_conn()
+    response = _get(http, _tasks(base_url, environment) + task_id, base_url, token)
+    if response.status == 204:
+        response.drain_conn()
         http.done()
         return False
     answer = _body(http, response)
-    if response.status_code != 200:
+    if response.status != 200:
         raise _trouble(response, answer)
     try:
-        request = prepared(answer["links"]["download"])
+        link = cleaned(answer["links"]["download"])
     except (LookupError, ValueError, AttributeError, TypeError):
         raise OrderFailed("GraFx says finished, but gives no download link", 200) from None
-    response = _get(http, request, base_url, token)
-    if response.status_code == 410:
+    response = _get(http, link, base_url, token)
+    if response.status == 410:
         _body(http, response)
         raise OrderFailed("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
-    if response.status_code != 200:
+    if response.status != 200:
         raise _trouble(response, _body(http, response), "the download: ")
     _save(http, response, orders_dir, task_id, progress)
     return True
 
 
 @functools.lru_cache(maxsize=1)
-def _tasks(base_url: str, environment: str) -> requests.PreparedRequest:
-    """The question without its task id: to prepare it takes longer than all else about a question."""
-    return prepared(f"{base_url}/grafx/api/v1/environment/{quote(environment, safe='')}/output/tasks/")
+def _tasks(base_url: str, environment: str) -> str:
+    """The address of a task, without its id. To clean it takes as long as all else about a question."""
+    return cleaned(f"{base_url}/grafx/api/v1/environment/{quote(environment, safe='')}/output/tasks/")
 
 
-def prepared(url: str) -> requests.PreparedRequest:
-    """A request for `url`, as requests cleans it. Raises ValueError for what is no http or https address."""
-    request = requests.Request("GET", url, HEADERS).prepare()
-    origin(str(request.url))
-    return request
-
-
-def _get(
-    http: Connections, request: requests.PreparedRequest, base_url: str, token: DangerousToken
-) -> requests.Response:
+def _get(http: Connections, url: str, base_url: str, token: DangerousToken) -> HTTPResponse:
     """GET, redirects followed; the token goes along to `base_url`'s own server and nowhere else.
 
     Raises AskAgainLater.
@@ -383,25 +389,24 @@ def _get(
     for _ in range(REDIRECTS + 3):  # and a change to https, and a new token
         # Compared is what requests made of the address, since that is where it connects to:
         # it and urlsplit do not agree on whose "http://one\\@two/" is.
-        where = origin(str(request.url))
+        where, headers = origin(url), HEADERS
         if home[0] == "https" and where[:2] == ("http", home[1]) and where[2] in (80, home[2]):
             # A server behind a TLS proxy may not know that it is.
-            parts = urlsplit(str(request.url))
-            request.url = parts._replace(scheme="https", netloc=urlsplit(base_url).netloc).geturl()
+            url = urlsplit(url)._replace(scheme="https", netloc=urlsplit(base_url).netloc).geturl()
             where = home
         if where == home:
             current = token.get(http, refused)
-            request.headers["Authorization"] = f"Bearer {current.value}"
-        response = _send(http, request, home=where == home)
-        if response.status_code == 401 and where == home:
+            headers = HEADERS | {"Authorization": f"Bearer {current.value}"}
+        response = _send(http, "GET", url, where == home, headers)
+        if response.status == 401 and where == home:
             _body(http, response)
             if refused:
                 raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared=True)
             refused = current
-        elif response.is_redirect:
+        elif location := response.get_redirect_location():
             _body(http, response)
             try:
-                request = prepared(urljoin(str(request.url), response.headers["Location"]))
+                url = cleaned(urljoin(url, location))
             except ValueError:
                 raise AskAgainLater("redirected to what is no http address") from None
         else:
@@ -409,9 +414,9 @@ def _get(
     raise AskAgainLater("redirected in circles")
 
 
-def _trouble(response: requests.Response, answer: Any, what: str = "") -> OrderFailed | AskAgainLater:
+def _trouble(response: HTTPResponse, answer: Any, what: str = "") -> OrderFailed | AskAgainLater:
     """What an answer that is neither 200 nor 204 means, in one line."""
-    status, problem = response.status_code, answer if isinstance(answer, dict) else {}
+    status, problem = response.status, answer if isinstance(answer, dict) else {}
     said = ": ".join(plain(problem[key]) for key in ("title", "detail") if problem.get(key))
     message = what + (said or f"GraFx answered {_status(response)}")
     if (status == 500 and said) or (400 <= status < 500 and status not in (407, 408, 425, 429)):
@@ -446,13 +451,13 @@ def remove_leftovers(orders_dir: Path) -> None:
 
 
 def _save(
-    http: Connections, response: requests.Response, orders_dir: Path, task_id: str, progress: Progress
+    http: Connections, response: HTTPResponse, orders_dir: Path, task_id: str, progress: Progress
 ) -> None:
     """Stream the body to its place. Raises OrderFailed, AskAgainLater; then nothing is left of it."""
-    if response.raw.length_remaining is None and not response.raw.chunked:
+    if response.length_remaining is None and not response.chunked:
         response.close()
         raise AskAgainLater("the download has neither a length nor an end that shows it is whole")
-    total = response.raw.length_remaining
+    total = response.length_remaining
     temp = orders_dir / f".{task_id}.part"
     size, first, last = 0, b"", b""
     try:

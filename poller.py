@@ -86,7 +86,7 @@ def load_settings() -> Settings:
         try:
             scheme, host, _ = chili.origin(url)
             # It must still be the same server when requests has cleaned it.
-            if set("?#@") & set(url) or chili.origin(str(chili.prepared(url).url)) != chili.origin(url):
+            if set("?#@") & set(url) or chili.origin(chili.cleaned(url)) != chili.origin(url):
                 raise ValueError
             if scheme == "http" and not is_loopback(host):
                 wrong.append(f"{name} must begin with https://, else the token travels unencrypted")

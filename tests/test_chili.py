@@ -284,7 +284,7 @@ def test_answers_that_are_not_the_orders_fault(ask: Asker, what: str, fault: str
 
 
 def test_silence_is_not_the_orders_fault(ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chili, "TIMEOUT", (0.3, 0.3))
+    monkeypatch.setattr(chili, "TIMEOUT", chili.Timeout(connect=0.3, read=0.3))
     task = ask.grafx.add(size=300_000)
     for what, fault, options in (
         ("task", "hang", {}),
@@ -303,7 +303,7 @@ def test_silence_is_not_the_orders_fault(ask: Asker, monkeypatch: pytest.MonkeyP
 def test_no_way_to_the_server_is_not_the_orders_fault(
     ask: Asker, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chili, "TIMEOUT", (0.5, 0.5))
+    monkeypatch.setattr(chili, "TIMEOUT", chili.Timeout(connect=0.5, read=0.5))
     ask.base_url = ask.base_url.replace("http", "https") if address == "https" else address
     assert isinstance(ask.fails("task"), LATER)
 

@@ -168,7 +168,7 @@ ROWS = [
 
 def before(timeout: float) -> str:
     return (
-        f"chili.TIMEOUT = ({timeout}, {timeout}); chili.ANSWER_TIME = {timeout}; "
+        f"chili.TIMEOUT = chili.Timeout(connect={timeout}, read={timeout}); chili.ANSWER_TIME = {timeout}; "
         "poller.SHORTEST_PAUSE = poller.LOOK = 0.05"
     )
 

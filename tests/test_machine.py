@@ -349,7 +349,7 @@ def secrets(home: Home) -> None:
     grafx.fault("token", "redirect-away")
     grafx.fault("token", "hang")
     home.wait_for(*orders)
-    quick = QUICK + "; chili.TIMEOUT = (0.5, 0.5); chili.ANSWER_TIME = 0.5"
+    quick = QUICK + "; chili.TIMEOUT = chili.Timeout(connect=0.5, read=0.5); chili.ANSWER_TIME = 0.5"
     on_done = f"sh -c 'env > {home.folder}/env-$TASK_ID' {{}}"
     poller = home.start("-v", before=quick, CONCURRENCY="16", ON_DONE=on_done)
     process = psutil.Process(poller.process.pid)
