@@ -161,10 +161,14 @@ def origin(url: str) -> tuple[str, str, int]:
 
 
 def cleaned(url: str) -> str:
-    """`url` as requests makes it. Raises ValueError for what is no http or https address."""
+    """`url` as requests makes it, without a user's name and password.
+
+    Raises ValueError for what is no http or https address.
+    """
     url = str(requests.Request("GET", url).prepare().url)
     origin(url)
-    return url
+    user, at, _ = urlsplit(url).netloc.rpartition("@")
+    return url.replace(user + at, "", 1)
 
 
 def _send(

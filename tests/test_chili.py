@@ -499,6 +499,19 @@ def test_a_link_elsewhere_is_followed_without_it(ask: Asker, link: str, followed
         assert ask.grafx.tokens[0] not in str(request)
 
 
+def test_a_password_in_a_link_is_neither_sent_nor_logged(
+    ask: Asker, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "chili")
+    _, elsewhere = hosts(ask.grafx)
+    ask.grafx.add(task_id="task", link=f"http://me:hidden@{elsewhere}/file/task")
+    assert ask("task")
+    (request,) = ask.asked("elsewhere")
+    assert "Authorization" not in request.headers
+    assert f"http://{elsewhere}/file/task" in caplog.text
+    assert "hidden" not in caplog.text
+
+
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
 def test_a_redirect_elsewhere_is_followed_without_it(ask: Asker, code: int) -> None:
     task = ask.grafx.add()
