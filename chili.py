@@ -28,6 +28,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
+from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from urllib3 import HTTPResponse, Timeout
 from urllib3.exceptions import HTTPError, MaxRetryError
 
@@ -39,6 +40,7 @@ ANSWER_SIZE = 1024 * 1024  # bytes of an answer that is not a file; GraFx's are 
 LONGEST_PAUSE = 300.0  # seconds: the most that a Retry-After is obeyed
 TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
 REDIRECTS = 5
+SERVERS = 10  # whose connections are kept
 HEADERS = {"Accept": "application/json, */*", "Accept-Encoding": "identity", "User-Agent": "grafx-poller"}
 
 # extension: Content-Types, and what the file begins with (mp4: from its fifth byte)
@@ -104,12 +106,14 @@ class Connections(HTTPAdapter):
 
         No `Session`: it would let ~/.netrc replace the token, carry cookies from one order to the next,
         and read a redirect's body whatever its size. No `HTTPAdapter.send` either: it looks for proxies
-        and certificates anew each time, which would be a quarter of what a question costs.
+        and certificates anew each time, which would be a fifth of what a question costs.
         """
         where = origin(url)
         pool = self._pools.get(where)
-        if pool is None or pool.pool is None:  # new, or closed by urllib3, which keeps ten
-            pool = self._pools[where] = self._pool(url)
+        if pool is None:
+            if len(self._pools) >= SERVERS:
+                self.close()
+            pool = self._pools[where] = self._pool(*where)
         target = url if pool.proxy and where[0] == "http" else f"/{url.split('/', 3)[3]}"
         response: HTTPResponse = pool.urlopen(
             method, target, body, headers, timeout=TIMEOUT, retries=self.max_retries, redirect=False,
@@ -117,12 +121,18 @@ class Connections(HTTPAdapter):
         )  # fmt: skip
         return response
 
-    def _pool(self, url: str) -> Any:
-        """The connections to one server, by the proxies and certificates that requests finds for it."""
+    def _pool(self, scheme: str, host: str, port: int) -> Any:
+        """The connections to a server, by the proxies and certificates that the environment names."""
+        url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
         found = requests.Session().merge_environment_settings(url, {}, None, None, None)
+        bundle = DEFAULT_CA_BUNDLE_PATH if found["verify"] is True else str(found["verify"])
+        if not Path(bundle).exists():
+            raise OSError(f"REQUESTS_CA_BUNDLE is no file or folder: {bundle}")
         request = requests.Request("GET", url).prepare()
-        pool: Any = self.get_connection_with_tls_context(request, found["verify"], found["proxies"])
-        self.cert_verify(pool, url, found["verify"], None)  # type: ignore[no-untyped-call]
+        try:
+            pool: Any = self.get_connection_with_tls_context(request, bundle, found["proxies"])
+        except (TypeError, ValueError):  # its text may have the proxy's password in it
+            raise OSError("HTTPS_PROXY or HTTP_PROXY is no address of an HTTP proxy") from None
         expect = self.expect
 
         class Connection(pool.ConnectionCls):  # type: ignore[misc]
@@ -132,6 +142,11 @@ class Connections(HTTPAdapter):
 
         pool.ConnectionCls = Connection
         return pool
+
+    def close(self) -> None:
+        """Forget all connections: idle ones end now, others with their answers."""
+        self._pools = {}  # urllib3 closes a pool that nobody has any more
+        super().close()
 
     def expect(self, sock: socket.socket | None = None) -> None:
         """This thread now waits for the next piece of its answer, from `sock` or the last one."""
@@ -144,17 +159,22 @@ class Connections(HTTPAdapter):
         for deadline, sock in list(self._reading.values()):
             if everything or time.monotonic() > deadline:
                 with contextlib.suppress(OSError, TypeError):
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)  # below TLS: no waiting for a goodbye
+                    # Below TLS, so no waiting for a goodbye. TLS inside TLS, by a proxy, is no socket itself.
+                    socket.socket.shutdown(getattr(sock, "socket", sock), socket.SHUT_RDWR)
 
     def done(self) -> None:
         """This thread waits for no answer now."""
         self._reading.pop(threading.get_ident(), None)
 
 
-@functools.lru_cache(maxsize=64)
 def origin(url: str) -> tuple[str, str, int]:
     """Scheme, host and port. Raises ValueError for what is no http or https address."""
-    parts = urlsplit(url)
+    return _origin("/".join(url.split("/", 3)[:3]))  # remembered, so without what differs for each task
+
+
+@functools.lru_cache(maxsize=64)
+def _origin(server: str) -> tuple[str, str, int]:
+    parts = urlsplit(server)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("no http address")
     return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
@@ -165,9 +185,11 @@ def cleaned(url: str) -> str:
 
     Raises ValueError for what is no http or https address.
     """
-    url = str(requests.Request("GET", url).prepare().url)
+    request = requests.PreparedRequest()
+    request.prepare_url(url, None)
+    url = str(request.url)
     origin(url)
-    user, at, _ = urlsplit(url).netloc.rpartition("@")
+    user, at, _ = url.split("/", 3)[2].rpartition("@")
     return url.replace(user + at, "", 1)
 
 
@@ -179,7 +201,7 @@ def _send(
 
     def debug(outcome: Any) -> None:
         if log.isEnabledFor(logging.DEBUG):  # without the query: a signed link's signature is a secret, too
-            where, took = plain(url.partition("?")[0]), (time.monotonic() - began) * 1000
+            where, took = plain(re.split("[?#]", url)[0]), (time.monotonic() - began) * 1000
             log.debug("%s %s: %s, %.0f ms", method, where, outcome, took)
 
     try:
@@ -213,7 +235,7 @@ def _pieces(http: Connections, response: HTTPResponse) -> Iterator[bytes]:
         unzip = zlib.decompressobj(wbits=31)  # nobody asked for it, but some gateways do it anyway
     try:
         since = 0
-        for piece in response.stream(PIECE, decode_content=False):
+        for piece in response.stream(PIECE):
             since += len(piece)
             if since >= PIECE:  # a chunk may be a single byte, and no reason for more patience
                 http.expect()
@@ -229,7 +251,6 @@ def _pieces(http: Connections, response: HTTPResponse) -> Iterator[bytes]:
         raise AskAgainLater(f"the answer broke off: {_reason(error)}") from None
     finally:
         response.close()
-        response.release_conn()
         http.done()
 
 
@@ -241,7 +262,7 @@ def _body(http: Connections, response: HTTPResponse) -> Any:
         if len(body) > ANSWER_SIZE:
             return None
     try:
-        return json.loads(body)
+        return json.loads(body) if body else None
     except (ValueError, RecursionError):
         return None
 
@@ -255,6 +276,12 @@ def _retry_after(response: HTTPResponse) -> float | None:
     except (ValueError, TypeError, OverflowError):
         return None
     return min(max(seconds, 0.0), LONGEST_PAUSE)
+
+
+def _must_end(response: HTTPResponse) -> None:
+    """Raises AskAgainLater where it ends with its connection: one that is cut off would look whole."""
+    if response.length_remaining is None and not response.chunked:
+        raise AskAgainLater("the answer has neither a length nor an end that shows it is whole")
 
 
 def _status(response: HTTPResponse) -> str:
@@ -357,16 +384,15 @@ def order_done(
         _sync_folder(orders_dir)
         return True
     response = _get(http, _tasks(base_url, environment) + task_id, base_url, token)
-    if response.status == 204:
-        response.drain_conn()
-        http.done()
-        return False
     answer = _body(http, response)
+    if response.status == 204:
+        return False
     if response.status != 200:
         raise _trouble(response, answer)
     try:
         link = cleaned(answer["links"]["download"])
     except (LookupError, ValueError, AttributeError, TypeError):
+        _must_end(response)
         raise OrderFailed("GraFx says finished, but gives no download link", 200) from None
     response = _get(http, link, base_url, token)
     if response.status == 410:
@@ -374,7 +400,11 @@ def order_done(
         raise OrderFailed("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
     if response.status != 200:
         raise _trouble(response, _body(http, response), "the download: ")
-    _save(http, response, orders_dir, task_id, progress)
+    try:
+        _save(http, response, orders_dir, task_id, progress)
+    finally:
+        response.close()
+        http.done()
     return True
 
 
@@ -458,9 +488,7 @@ def _save(
     http: Connections, response: HTTPResponse, orders_dir: Path, task_id: str, progress: Progress
 ) -> None:
     """Stream the body to its place. Raises OrderFailed, AskAgainLater; then nothing is left of it."""
-    if response.length_remaining is None and not response.chunked:
-        response.close()
-        raise AskAgainLater("the download has neither a length nor an end that shows it is whole")
+    _must_end(response)
     total = response.length_remaining
     temp = orders_dir / f".{task_id}.part"
     size, first, last = 0, b"", b""

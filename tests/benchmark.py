@@ -478,7 +478,7 @@ class Bench:
             each_cpu, "ms", most=0.0005,
         )  # fmt: skip
         self.table.add(
-            "  first ones, with start and log", middle(cpu["", large], "ms"), "", cpu["", large], "ms"
+            "  of --once, with start and log", middle(cpu["", large], "ms"), "", cpu["", large], "ms"
         )
 
     def questions(self, count: int) -> list[float]:
@@ -489,12 +489,12 @@ class Bench:
             while asked < count:
                 time.sleep(0.2)
                 asked += len(self.nginx.times(TASKS))
+            before = cpu_of(run.pid)
             for _ in range(5):
-                before = cpu_of(run.pid)
-                self.nginx.times(TASKS)
                 time.sleep(self.size.spell / 4)
-                asked = len(self.nginx.times(TASKS))
-                spells.append((cpu_of(run.pid) - before) / asked)
+                asked, now = len(self.nginx.times(TASKS)), cpu_of(run.pid)
+                spells.append((now - before) / asked)
+                before = now
             run.stop()
             self.nginx.times(TASKS)
         return spells

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -268,6 +269,84 @@ def relay() -> Iterator[Callable[..., Relay]]:
     for one in made:
         one.shutdown()
         one.server_close()
+
+
+class Wire(socketserver.ThreadingTCPServer):
+    """A server on loopback that says what it is told to, byte by byte.
+
+    `answer` gets a request's first line and its connection; what it returns is sent, nothing ends it.
+    """
+
+    allow_reuse_address = daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, answer: Callable[[str, socket.socket], bytes | None]) -> None:
+        self.answer, self.asked, self.open = answer, list[str](), 0
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        self.open += 1
+        with suppress(OSError), request.makefile("rb") as lines:
+            while line := lines.readline():
+                self.asked.append(line.decode("latin-1").strip())
+                length = 0
+                while (header := lines.readline()).strip():
+                    if header.lower().startswith(b"content-length:"):
+                        length = int(header.split(b":")[1])
+                lines.read(length)
+                said = self.answer(self.asked[-1], request)
+                if not said:
+                    break
+                request.sendall(said)
+        self.open -= 1
+
+
+@pytest.fixture
+def wire() -> Iterator[Callable[..., Wire]]:
+    made: list[Wire] = []
+
+    def make(answer: Callable[[str, socket.socket], bytes | None]) -> Wire:
+        made.append(Wire(answer))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.shutdown()
+        one.server_close()
+
+
+@pytest.fixture
+def tls_front(certificate: Path) -> Iterator[Callable[[int], int]]:
+    """Gives, for the port of a server on loopback, one where the same is spoken inside TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+
+    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+    def make(port: int) -> int:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
+            await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
+
+        started = asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+        server = asyncio.run_coroutine_threadsafe(started, loop).result(20)
+        outer: int = server.sockets[0].getsockname()[1]
+        return outer
+
+    yield make
+    loop.call_soon_threadsafe(loop.stop)
 
 
 @pytest.hookimpl(wrapper=True)

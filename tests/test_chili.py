@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import email.utils
 import os
+import re
 import resource
 import signal
 import socket
 import stat
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Home, Relay
+from conftest import Home, Relay, Wire
 from sandbox import TYPES, Sandbox
 
 import chili
@@ -556,7 +556,7 @@ def ask_tls(
     tls: Sandbox, tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Asker]:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
-    yield Asker(tls, tmp_path / "orders")
+    yield Asker(tls, tmp_path / "orders by tls")
 
 
 @pytest.mark.parametrize("port", [True, False], ids=["same port", "no port"])
@@ -608,22 +608,159 @@ def test_proxies_from_the_environment(
             assert all(asked.startswith(method) for asked in proxy.asked)
 
 
+def test_no_proxy_may_name_a_port(
+    tmp_path: Path, wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = wire(raw)
+    monkeypatch.setenv("HTTP_PROXY", proxy.url)
+    for excepted, asked in (("localhost:81", True), ("localhost:80", False)):
+        proxy.asked.clear()
+        monkeypatch.setenv("NO_PROXY", excepted)
+        with suppress(LATER):
+            chili.DangerousToken("http://localhost/oauth", "id", "secret").get(chili.Connections(1))
+        assert bool(proxy.asked) is asked
+
+
+def test_a_proxys_password_is_not_said(
+    ask: Asker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "chili")
+    for address in (
+        "http://me:hidden@127.0.0.1:99999", "http://me:hidd/en@127.0.0.1:1", "http://me:hidd#en@127.0.0.1:1",
+        "http://me:hidden€@127.0.0.1:1", "http://me:hidden@", "http://me:hidden@[::1", "foo://me:hidden@[::1]:1",
+        "http://me:hidden@127.0.0.1:1",
+    ):  # fmt: skip
+        ask.http = chili.Connections(1)
+        monkeypatch.setenv("HTTP_PROXY", address)
+        error = ask.fails("task")
+        assert isinstance(error, LATER)
+        assert not re.search("hidd|en@|€", f"{error}{caplog.text}")
+        assert "HTTP_PROXY" in str(error) or address.endswith("127.0.0.1:1")
+    assert ask.grafx.requests == []
+
+
+def test_a_proxy_may_be_spoken_to_by_tls(
+    ask_tls: Asker, ask: Asker, relay: type[Relay], tls_front: Callable[[int], int],
+    certificate: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    proxy = relay()
+    port = tls_front(proxy.server_address[1])
+    monkeypatch.setenv("NO_PROXY", "")
+    for asker, variable in ((ask_tls, "HTTPS_PROXY"), (ask, "HTTP_PROXY")):
+        # The certificate is for 127.0.0.1. Who else shows it gets nothing.
+        monkeypatch.setenv(variable, f"https://localhost:{port}")
+        assert "localhost" in str(asker.fails("task"))
+        assert proxy.asked == []
+        monkeypatch.setenv(variable, f"https://127.0.0.1:{port}")
+        asker.http = chili.Connections(1)
+        task = asker.grafx.add()
+        assert asker(task)
+        (asker.folder / f"{task}.png").unlink()
+        assert proxy.asked
+        proxy.asked.clear()
+    # Through TLS inside TLS, too, an answer that trickles is ended.
+    monkeypatch.setattr(chili, "ANSWER_TIME", 0.5)
+    task = ask_tls.grafx.add()
+    ask_tls.grafx.fault("download", "slow", rate=20)
+    with ThreadPoolExecutor() as thread:
+        answer = thread.submit(ask_tls.fails, task)
+        while not answer.done():
+            ask_tls.http.cut()
+            time.sleep(0.05)
+        assert isinstance(answer.result(), LATER)
+
+
+# --- what servers do to a connection ---------------------------------------------------------
+
+
+def raw(line: str, connection: socket.socket, answer: bytes = b"HTTP/1.1 204 No Content\r\n\r\n") -> bytes:
+    """What a `Wire` says: a token, else `answer`."""
+    token = b'{"access_token": "abc"}'
+    return (
+        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(token), token)
+        if "oauth" in line
+        else answer
+    )
+
+
+def order_of(server: Wire, folder: Path, http: chili.Connections) -> bool:
+    token = chili.DangerousToken(f"{server.url}/oauth", "id", "secret")
+    return chili.order_done("a", server.url, "e", token, http, folder)
+
+
+@pytest.mark.parametrize(
+    "answer", ["200 OK\r\nContent-Ty", "200 OK\r\n", '200 OK\r\n\r\n{"links": {', "20", "500 Oops\r\n\r\n{"]
+)
+def test_an_answer_that_is_cut_off_is_not_the_orders_fault(
+    wire: Callable[..., Wire], tmp_path: Path, answer: str
+) -> None:
+    def cut_off(line: str, connection: socket.socket) -> bytes:
+        said = raw(line, connection, b"")
+        if not said:
+            connection.sendall(f"HTTP/1.1 {answer}".encode())
+        return said
+
+    with pytest.raises(LATER):
+        order_of(wire(cut_off), tmp_path, chili.Connections(1))
+
+
+def test_what_follows_a_bad_file_is_not_the_next_orders_answer(
+    wire: Callable[..., Wire], tmp_path: Path
+) -> None:
+    """A server that says a length that is too short, and sends the rest when the next question comes."""
+    rest = b'HTTP/1.1 404 Not Found\r\nContent-Length: 18\r\n\r\n{"title": "other"}'
+    lied: list[socket.socket] = []
+
+    def lie(line: str, connection: socket.socket) -> bytes:
+        if connection in lied:
+            return rest
+        if "/file" in line:
+            lied.append(connection)
+            return b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nContent-Length: 8\r\n\r\n\x89PNG\r\n\x1a\n"
+        link = f'{{"links": {{"download": "{server.url}/file"}}}}'.encode()
+        if not lied:
+            return raw(
+                line, connection, b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(link), link)
+            )
+        return raw(line, connection)
+
+    server, http = wire(lie), chili.Connections(1)
+    with pytest.raises(FAILED, match="the PNG has no end"):
+        order_of(server, tmp_path, http)
+    assert order_of(server, tmp_path, http) is False
+
+
+def test_connections_do_not_pile_up(
+    wire: Callable[..., Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers, http = [wire(raw) for _ in range(3 * chili.SERVERS)], chili.Connections(1)
+    for server in servers:
+        assert order_of(server, tmp_path, http) is False
+    deadline = time.monotonic() + 20
+    while sum(server.open for server in servers) > chili.SERVERS and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert sum(server.open for server in servers) <= chili.SERVERS
+    # Through a proxy all servers have the same one.
+    monkeypatch.setenv("HTTP_PROXY", servers[0].url)
+    token = chili.DangerousToken(f"{servers[0].url}/oauth", "id", "secret")
+    http = chili.Connections(1)
+    for number in range(1200):  # more than Python lets calls nest
+        assert not chili.order_done("a", f"http://{number}.example", "e", token, http, tmp_path)
+    assert servers[0].open <= 2
+
+
 @pytest.mark.parametrize("answer", ["HTTP/1.1 200 {echo}", "{echo} 200 OK", "HTTP/1.1 {echo}"])
-def test_a_token_in_a_broken_answer_is_not_said(grafx: Sandbox, tmp_path: Path, answer: str) -> None:
+def test_a_token_in_a_broken_answer_is_not_said(
+    grafx: Sandbox, tmp_path: Path, wire: Callable[..., Wire], answer: str
+) -> None:
     """A server that puts what it was sent into its status line."""
     token = chili.DangerousToken(grafx.token_url, grafx.client_id, grafx.client_secret)
     http = chili.Connections(1)
     value = token.get(http).value
 
-    def serve(listener: socket.socket) -> None:
-        peer, _ = listener.accept()
-        with peer:
-            peer.recv(65536)
-            peer.sendall((answer.format(echo=f"Bearer {value}") + "\r\n\r\n").encode())
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=serve, args=(listener,), daemon=True).start()
-        base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises((FAILED, LATER)) as raised:
-            chili.order_done("a", base_url, "e", token, http, tmp_path)
+    said = (answer.format(echo=f"Bearer {value}") + "\r\n\r\n").encode()
+    with pytest.raises((FAILED, LATER)) as raised:
+        chili.order_done(
+            "a", wire(lambda _, connection: connection.sendall(said)).url, "e", token, http, tmp_path
+        )
     assert value[:100] not in str(raised.value)
