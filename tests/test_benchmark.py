@@ -1,0 +1,29 @@
+"""The benchmark runs whole. What it measures here, beside other tests, says nothing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+HERE = all(shutil.which(name, path="/usr/sbin:/usr/bin:/bin") for name in ("nginx", "curl"))
+
+
+@pytest.mark.skipif(not HERE, reason="needs Debian's nginx and curl")
+def test_the_quick_benchmark_has_all_lines_of_the_readmes_table() -> None:
+    ended = subprocess.run(
+        [sys.executable, ROOT / "tests/benchmark.py", "--quick"], capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
+
+    def lines(table: str) -> list[str]:
+        """What stands in the first column, without its numbers, which --quick has smaller."""
+        names = [re.split("  +", line.strip())[0] for line in table.partition("-----\n")[2].splitlines()]
+        return [re.sub(r"[\d.,]+", "1", name) for name in names]
+
+    readme = (ROOT / "README.md").read_text().partition("prints this:\n\n```\n")[2].partition("```")[0]
+    assert lines(ended.stdout) == lines(readme)
