@@ -373,13 +373,15 @@ def order_done(
     http: Connections,
     orders_dir: Path,
     progress: Progress = lambda done, total: None,
+    look: bool = True,
 ) -> bool:
     """Ask about a task; where it is finished, bring its file to `<orders_dir>/<task_id>.<ext>`.
 
+    look: whether the file may be there already.
     Returns True once the file is whole and on the disk, False while GraFx answers 204.
     Raises OrderFailed, AskAgainLater.
     """
-    if find_file(orders_dir, task_id):
+    if look and find_file(orders_dir, task_id):
         # Left by a process that was killed before its caller could note it: whole, since it has its
         # final name, but perhaps not yet for ever.
         _sync_folder(orders_dir)

@@ -252,6 +252,7 @@ class Order:
     unhanded: float = 0.0  # `time.time()` of its file, where ON_DONE failed for it
     size: int = 0  # bytes of its file that are here
     total: int | None = None
+    look: bool = True  # its file may be here already; not where it was still rendering a while ago
     logged: float = 0.0  # when it was asked about, or its progress was logged
 
     def progress(self, size: int, total: int | None) -> None:
@@ -404,10 +405,12 @@ class Poller:
         if not order.task_id:
             self.token.get(self.http)
             return True
+        look, order.look = order.look, True
         done = chili.order_done(
             order.task_id, settings.base_url, settings.environment, self.token,
-            self.http, settings.orders_dir, order.progress,
+            self.http, settings.orders_dir, order.progress, look,
         )  # fmt: skip
+        order.look = done
         order.total = order.size  # nothing of it is under way now
         if done and settings.on_done:
             self.hand_over(order)
