@@ -36,7 +36,6 @@ AUDIENCE = "https://chiligrafx.com"
 TIMEOUT = Timeout(connect=10.0, read=30.0)  # seconds; read: between two pieces of an answer
 ANSWER_TIME = 60.0  # seconds for a whole small answer, and for each PIECE of a file
 PIECE = 64 * 1024  # bytes; with ANSWER_TIME: slower than 1 KiB/s counts as stuck
-AHEAD = 8 * 1024 * 1024  # bytes of a file after which they are on their way to the disk
 ANSWER_SIZE = 1024 * 1024  # bytes of an answer that is not a file; GraFx's are below 10 kB
 LONGEST_PAUSE = 300.0  # seconds: the most that a Retry-After is obeyed
 TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
@@ -496,7 +495,7 @@ def _save(
     _must_end(response)
     total = response.length_remaining
     temp = orders_dir / f".{task_id}.part"
-    size, begun, first, last = 0, 0, b"", b""
+    size, first, last = 0, b"", b""
     try:
         # The order of these steps is the promise: nothing has its final name before it is whole and
         # on the disk, and the caller forgets the order only after the name is on the disk as well.
@@ -505,10 +504,6 @@ def _save(
                 file.write(piece)
                 size, first, last = size + len(piece), (first + piece)[:16], (last + piece)[-len(PNG_END) :]
                 progress(size, total)
-                if size - begun >= AHEAD and hasattr(os, "posix_fadvise"):
-                    # Not needed in memory: so Linux begins to write, and the fsync has little left to do.
-                    os.posix_fadvise(file.fileno(), begun, size - begun, os.POSIX_FADV_DONTNEED)
-                    begun = size
             extension = _extension(response.headers.get("Content-Type", ""), first, last)
             file.flush()
             os.fsync(file.fileno())
