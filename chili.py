@@ -414,7 +414,7 @@ def order_done(
 
 @functools.lru_cache(maxsize=1)
 def _tasks(base_url: str, environment: str) -> str:
-    """The address of a task, without its id. To clean it takes as long as all else about a question."""
+    """The address of a task, without its id; cleaned once, since each question begins with it."""
     return cleaned(f"{base_url}/grafx/api/v1/environment/{quote(environment, safe='')}/output/tasks/")
 
 

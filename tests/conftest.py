@@ -210,19 +210,42 @@ def tls(certificate: Path) -> Iterator[Sandbox]:
         yield sandbox
 
 
-class Relay(socketserver.ThreadingTCPServer):
-    """A proxy on loopback: CONNECT and absolute addresses; or, with a target, a plain relay to it."""
+class Loopback(socketserver.ThreadingTCPServer):
+    """A server on loopback with a thread of its own. `asked` is what it was asked."""
 
     allow_reuse_address = daemon_threads = True
+    request_queue_size = 64
 
-    def __init__(self, port: int = 0, target: str = "") -> None:
-        self.target, self.asked = target, list[str]()
+    def __init__(self, port: int = 0) -> None:
+        self.asked = list[str]()
         super().__init__(("127.0.0.1", port), socketserver.BaseRequestHandler)
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+def made_by(kind: Callable[..., Loopback]) -> Iterator[Callable[..., Loopback]]:
+    """A fixture that makes servers of a kind, and ends them."""
+    made: list[Loopback] = []
+
+    def make(*arguments: Any) -> Loopback:
+        made.append(kind(*arguments))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.shutdown()
+        one.server_close()
+
+
+class Relay(Loopback):
+    """A proxy: CONNECT and absolute addresses; or, with a target, a plain relay to it."""
+
+    def __init__(self, port: int = 0, target: str = "") -> None:
+        self.target = target
+        super().__init__(port)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         with suppress(OSError):
@@ -258,36 +281,19 @@ class Relay(socketserver.ThreadingTCPServer):
 
 
 @pytest.fixture
-def relay() -> Iterator[Callable[..., Relay]]:
-    made: list[Relay] = []
-
-    def make(*arguments: Any) -> Relay:
-        made.append(Relay(*arguments))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.shutdown()
-        one.server_close()
+def relay() -> Iterator[Callable[..., Loopback]]:
+    yield from made_by(Relay)
 
 
-class Wire(socketserver.ThreadingTCPServer):
-    """A server on loopback that says what it is told to, byte by byte.
+class Wire(Loopback):
+    """A server that says what it is told to, byte by byte.
 
     `answer` gets a request's first line and its connection; what it returns is sent, nothing ends it.
     """
 
-    allow_reuse_address = daemon_threads = True
-    request_queue_size = 64
-
     def __init__(self, answer: Callable[[str, socket.socket], bytes | None]) -> None:
-        self.answer, self.asked, self.open = answer, list[str](), 0
-        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        self.answer, self.open = answer, 0
+        super().__init__()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         self.open += 1
@@ -307,17 +313,8 @@ class Wire(socketserver.ThreadingTCPServer):
 
 
 @pytest.fixture
-def wire() -> Iterator[Callable[..., Wire]]:
-    made: list[Wire] = []
-
-    def make(answer: Callable[[str, socket.socket], bytes | None]) -> Wire:
-        made.append(Wire(answer))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.shutdown()
-        one.server_close()
+def wire() -> Iterator[Callable[..., Loopback]]:
+    yield from made_by(Wire)
 
 
 @pytest.fixture
@@ -347,6 +344,13 @@ def tls_front(certificate: Path) -> Iterator[Callable[[int], int]]:
 
     yield make
     loop.call_soon_threadsafe(loop.stop)
+
+
+def find_program(name: str, package: str) -> str:
+    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if found is None:
+        pytest.skip(f"needs {name} (Debian: apt-get install {package}): the README's use of it is NOT tested")
+    return found
 
 
 @pytest.hookimpl(wrapper=True)

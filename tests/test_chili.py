@@ -608,9 +608,7 @@ def test_proxies_from_the_environment(
             assert all(asked.startswith(method) for asked in proxy.asked)
 
 
-def test_no_proxy_may_name_a_port(
-    tmp_path: Path, wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_proxy_may_name_a_port(wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = wire(raw)
     monkeypatch.setenv("HTTP_PROXY", proxy.url)
     for excepted, asked in (("localhost:81", True), ("localhost:80", False)):
@@ -641,7 +639,7 @@ def test_a_proxys_password_is_not_said(
 
 def test_a_proxy_may_be_spoken_to_by_tls(
     ask_tls: Asker, ask: Asker, relay: type[Relay], tls_front: Callable[[int], int],
-    certificate: Path, monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     proxy = relay()
     port = tls_front(proxy.server_address[1])
@@ -675,12 +673,11 @@ def test_a_proxy_may_be_spoken_to_by_tls(
 
 def raw(line: str, connection: socket.socket, answer: bytes = b"HTTP/1.1 204 No Content\r\n\r\n") -> bytes:
     """What a `Wire` says: a token, else `answer`."""
-    token = b'{"access_token": "abc"}'
-    return (
-        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(token), token)
-        if "oauth" in line
-        else answer
-    )
+    return whole(b'{"access_token": "abc"}') if "oauth" in line else answer
+
+
+def whole(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
 def order_of(server: Wire, folder: Path, http: chili.Connections) -> bool:
@@ -719,9 +716,7 @@ def test_what_follows_a_bad_file_is_not_the_next_orders_answer(
             return b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nContent-Length: 8\r\n\r\n\x89PNG\r\n\x1a\n"
         link = f'{{"links": {{"download": "{server.url}/file"}}}}'.encode()
         if not lied:
-            return raw(
-                line, connection, b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(link), link)
-            )
+            return raw(line, connection, whole(link))
         return raw(line, connection)
 
     server, http = wire(lie), chili.Connections(1)

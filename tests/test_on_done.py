@@ -9,7 +9,6 @@ import os
 import pty
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PATIENCE, QUICK, ROOT, Home, eventually
+from conftest import PATIENCE, QUICK, ROOT, Home, eventually, find_program
 from sandbox import Sandbox
 
 SECRETS = ("SERVER_ID", "SERVER_SECRET", "SERVER_SECRET_FILE", "FRONT_ID", "FRONT_SECRET")
@@ -611,13 +610,6 @@ def test_readme_the_copy_with_a_rename_shows_no_half_file(
     assert [path.name for path in other_disk.iterdir()] == [f".{task_id}"]
     deliver(app, home, uses("sh")[0].replace("/srv/dam/inbox", str(other_disk)), task_id)
     assert [path.name for path in other_disk.iterdir()] == [f"{task_id}.png"]
-
-
-def find_program(name: str, package: str) -> str:
-    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    if found is None:
-        pytest.skip(f"needs {name} (Debian: apt-get install {package}): the README's use of it is NOT tested")
-    return found
 
 
 @pytest.fixture
