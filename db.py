@@ -287,9 +287,7 @@ def _revive(store: Store, task_id: str) -> None:
     record = store.data["failed"].pop(task_id)
     fields = {key: value for key, value in record.items() if key not in RECORD[:3]}
     own = fields.get("order")
-    if (
-        isinstance(own, dict) and own and own.keys() <= set(RECORD)
-    ):  # by `_end`
+    if isinstance(own, dict) and own and own.keys() <= set(RECORD):  # by `_end`
         fields = {key: value for key, value in fields.items() if key != "order"} | own
     waiting = store.orders.get(task_id, {})
     if task_id not in store.orders or fields.keys() - waiting.keys():
@@ -484,9 +482,7 @@ def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> St
         try:
             written = _replace(watch.path, [_text(store.data)], store.version)
         except RecursionError:
-            raise DatabaseError(
-                f"{watch.path}: it is nested too deeply. {LEFT}"
-            ) from None
+            raise DatabaseError(f"{watch.path}: it is nested too deeply. {LEFT}") from None
         if written:
             watch.seen, watch.there, store.version = written, True, written
             return store
@@ -494,9 +490,7 @@ def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> St
 
 def _replace(path: Path, pieces: Iterable[bytes], seen: Version) -> Version:
     """Put a new file in the place of `path`, in one step; None where that is no longer as `seen`."""
-    temp = path.with_name(
-        f".{path.name.removeprefix('.')}.tmp"
-    )  # one, however many are killed
+    temp = path.with_name(f".{path.name.removeprefix('.')}.tmp")  # one, however many are killed
     try:
         temp.unlink(missing_ok=True)
         with temp.open("xb") as file:
@@ -611,9 +605,7 @@ class Deliveries:
                 self._say(f"{self.path} was taken away: what was delivered before counts as never delivered.")
             self._forget()
         except OSError as error:
-            self._say(
-                f"cannot read {self.path}: {error.strerror}. Nothing counts as delivered. {MEND}"
-            )
+            self._say(f"cannot read {self.path}: {error.strerror}. Nothing counts as delivered. {MEND}")
 
     def _read_on(self) -> None:
         rubbish = 0
