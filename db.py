@@ -1,4 +1,4 @@
-"""`database.json`: which orders wait and which have failed. Knows nothing of the network.
+"""`database.json`: which orders wait, which GraFx refuses, which have failed. Knows nothing of the network.
 
     import db
     db.add_order("84ad7436-f82f-4e87-8cd3-37299e37878c", "my-project")
@@ -7,6 +7,9 @@ People edit the file by hand and programs write it while the poller runs, so no 
 a remembered copy. Each one takes the lock, reads the file, changes its own entries, and puts a
 new file in the place of the old one in a single step. Whoever reads meanwhile sees all of the old
 file or all of the new one. Every function here raises DatabaseError where that cannot be done.
+
+What was delivered stands in a list beside it, `.database.json.delivered`, so that no order is
+delivered twice, whoever brings it back.
 """
 
 from __future__ import annotations
@@ -15,15 +18,17 @@ import argparse
 import contextlib
 import fcntl
 import json
+import logging
+import math
+import mmap
 import os
 import re
 import signal
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -31,14 +36,23 @@ from dotenv import dotenv_values
 
 HERE = Path(__file__).resolve().parent
 TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-SAVING = 2.0  # seconds: a file that makes no sense and is younger may be half saved by an editor
+LOOK = 1.0  # seconds between two looks at whether database.json changed
+SAVING = (
+    2.0  # seconds: what makes no sense or is missing may be half saved, until it has been so for that long
+)
+PATIENCE = 10.0  # seconds to wait for another writer, or for an editor that saves
+SHARE = 20  # the poller spends at most the twentieth part of its time on writing
+KEPT = 100_000  # deliveries that are remembered at least
 # What the poller writes into a failed record; an order's own fields of these names move to "order".
 RECORD = ("status", "error", "failed", "order")
 
 MEND = "Make room, or mend the folder's permissions."
+LEFT = "It is left as it is: mend it."
 
 Fields = dict[str, Any]
 Version = tuple[int, ...] | None
+
+log = logging.getLogger("db")
 
 
 class DatabaseError(Exception):
@@ -46,18 +60,31 @@ class DatabaseError(Exception):
 
 
 class HalfSaved(DatabaseError):
-    """The same, but the file is younger than SAVING: look again."""
+    """The same, but somebody may be saving it just now: look again."""
+
+
+class Busy(DatabaseError):
+    """Another process has the lock; the text says which."""
 
 
 @dataclass
 class Store:
-    """What the file says. `orders` and `failed` map a task id to its fields."""
+    """What the file says. `orders`, `failing` and `failed` map a task id to its fields."""
 
     data: Fields
     orders: dict[str, Fields]
-    failed: dict[str, Fields]
-    strange: list[str]  # entries that are no task id, each in one line
+    strange: list[str]  # entries that are no order, each in one line
     version: Version  # of the file it was read from, see `version`
+
+    @property
+    def failing(self) -> dict[str, Fields]:
+        """The orders that GraFx refuses, but not yet for long enough; they wait as well."""
+        return _objects(self.data.get("failing", {}))
+
+    @property
+    def failed(self) -> dict[str, Fields]:
+        """The orders that nobody asks about any more."""
+        return _objects(self.data.get("failed", {}))
 
 
 def settings() -> dict[str, str]:
@@ -80,28 +107,27 @@ def is_task_id(value: object) -> bool:
     return isinstance(value, str) and TASK_ID.fullmatch(value) is not None
 
 
+def _now() -> str:
+    return _stamp(datetime.now(timezone.utc))
+
+
+def _stamp(when: datetime) -> str:
+    return when.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 # --- the text --------------------------------------------------------------------------------
 
-# A float travels as a string, behind a mark that nobody can have typed, so that it is written as
-# it stood: 1.10 stays 1.10, and 1e999 does not become Infinity, which is no JSON.
-_MARK = f"\0{uuid.uuid4().hex} "
-_MARKED = re.compile(rf'"\\u0000{_MARK[1:]}([^"]*)"')
-
-
-class _Float(str):
-    def __new__(cls, text: str) -> _Float:
-        return super().__new__(cls, _MARK + text)
-
-    def __str__(self) -> str:
-        return self[len(_MARK) :]
+_line = json.JSONEncoder(
+    ensure_ascii=False
+).encode  # in C; with an indent it would be in Python, ten times slower
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Fields:
-    found: Fields = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{json.dumps(key)} stands twice in one object, and only one could be kept")
-        found[key] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{json.dumps(twice)} stands twice in one object, and only one could be kept")
     return found
 
 
@@ -109,21 +135,62 @@ def _not_json(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+def _number(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return number
+
+
 def _parse(raw: bytes) -> Fields:
-    text = raw.decode("utf-8-sig")
-    if not text.strip():
-        return {"orders": {}, "failed": {}}
-    data = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json, parse_float=_Float)
-    if not isinstance(data, dict) or not isinstance(data.get("failed", {}), dict):
-        raise ValueError('it must be an object, and so must its "failed"')
+    data = json.loads(
+        raw.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_not_json, parse_float=_number
+    )
+    if not isinstance(data, dict) or not all(
+        isinstance(data.get(key, {}), dict) for key in ("failing", "failed")
+    ):
+        raise ValueError('it must be an object, and so must its "failing" and "failed"')
     return data
 
 
-def _text(data: Any, indent: int | None = 4) -> str:
-    return _MARKED.sub(r"\1", json.dumps(data, indent=indent, ensure_ascii=False))
+def _text(data: Fields) -> bytes:
+    """Each order on a line of its own, for `grep`, `sed` and the eye; all else indented by 4."""
+    parts = []
+    for key, value in data.items():
+        if key == "orders" and value is not _items(data):  # the workshop's Map
+            inner = [
+                f"{_line(k)}: {_lines(v, 8) if k == 'value' else _indented(v, 8)}" for k, v in value.items()
+            ]
+            text = _block(inner, "{}", 4)
+        else:
+            text = _lines(value, 4) if key in ("orders", "failing", "failed") else _indented(value, 4)
+        parts.append(f"{_line(key)}: {text}")
+    # backslashreplace: half a surrogate pair, which UTF-8 cannot hold, in JSON's own \uXXXX.
+    return (_block(parts, "{}", 0) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _block(lines: list[str], ends: str, indent: int) -> str:
+    if not lines:
+        return ends
+    gap = "\n" + " " * indent
+    return ends[0] + ",".join(f"{gap}    {line}" for line in lines) + gap + ends[1]
+
+
+def _lines(value: Any, indent: int) -> str:
+    if isinstance(value, dict):
+        return _block([f"{_line(key)}: {_line(item)}" for key, item in value.items()], "{}", indent)
+    return _block([_line(item) for item in value], "[]", indent)
+
+
+def _indented(value: Any, indent: int) -> str:
+    return json.dumps(value, indent=4, ensure_ascii=False).replace("\n", "\n" + " " * indent)
 
 
 # --- the shapes of "orders": an object, a list, or the workshop's {"dataType": "Map", "value": [ … ]} ---
+
+
+def _objects(entries: Fields) -> dict[str, Fields]:
+    return {key: value for key, value in entries.items() if isinstance(value, dict)}
 
 
 def _items(data: Fields) -> Any:
@@ -136,11 +203,20 @@ def _items(data: Fields) -> Any:
     return orders
 
 
-def _entry(item: Any) -> tuple[Any, Any]:
+def _entry(item: Any) -> tuple[Any, Fields]:
     """Task id and fields of an item of a list: an id, an object with `taskID`, or a pair of both."""
     if isinstance(item, dict):
         return item.get("taskID"), item
-    return tuple(item) if isinstance(item, list) and len(item) == 2 else (item, None)
+    if isinstance(item, list):
+        return (item[0], item[1]) if len(item) == 2 and isinstance(item[1], dict) else (None, {})
+    return item, {}
+
+
+def _own(task_id: str, fields: Fields) -> Fields:
+    """An order's fields; a `taskID` that only says the id again is none of them."""
+    if fields.get("taskID") != task_id:
+        return fields
+    return {key: value for key, value in fields.items() if key != "taskID"}
 
 
 def _store(data: Fields, version: Version) -> Store:
@@ -150,35 +226,84 @@ def _store(data: Fields, version: Version) -> Store:
     for item in items.items() if isinstance(items, dict) else items:
         task_id, fields = item if isinstance(items, dict) else _entry(item)
         if not is_task_id(task_id):
-            strange.append(_text(item, None))
+            strange.append(_line(item))
             continue
         if not isinstance(fields, dict):
             fields = {} if fields is None else {"order": fields}
-        fields = {key: value for key, value in fields.items() if (key, value) != ("taskID", task_id)}
-        orders[task_id] = fields | orders.get(task_id, {})
-    failed = {key: value for key, value in data.get("failed", {}).items() if isinstance(value, dict)}
-    return Store(data, orders, failed, strange, version)
+        fields = _own(task_id, fields)
+        orders[task_id] = fields | orders[task_id] if task_id in orders else fields
+    return Store(data, orders, strange, version)
 
 
-def _put(data: Fields, task_id: str, fields: Fields) -> None:
-    items = _items(data)
+def _only_ids(items: Any) -> bool:
+    return isinstance(items, list) and all(isinstance(item, str) for item in items)
+
+
+def _put(store: Store, task_id: str, fields: Fields) -> None:
+    items = _items(store.data)
+    fields = store.orders[task_id] = _own(task_id, fields)
     if isinstance(items, dict):
         items[task_id] = fields
-    elif items is not data["orders"]:
+    elif items is not store.data["orders"]:
         items.append([task_id, {"taskID": task_id, **fields}])
-    elif fields.keys() <= {"added"} and all(isinstance(item, str) for item in items):
+    elif not fields and _only_ids(items):
         items.append(task_id)
+    elif "taskID" in fields:  # somebody's own, of another meaning
+        items.append([task_id, fields])
     else:
         items.append({"taskID": task_id, **fields})
 
 
-def _take(data: Fields, gone: set[str]) -> None:
-    items = _items(data)
-    if isinstance(items, dict):
-        for task_id in gone & items.keys():
+def _take(store: Store, gone: Iterable[str]) -> None:
+    items = _items(store.data)
+    for task_id in gone:
+        del store.orders[task_id]
+        if isinstance(items, dict):
             del items[task_id]
-    else:
+    if isinstance(items, list):
+        gone = set(gone)
         items[:] = [item for item in items if not (is_task_id(_entry(item)[0]) and _entry(item)[0] in gone)]
+
+
+def _end(store: Store, delivered: Iterable[str], failed: Mapping[str, tuple[int | None, str]]) -> bool:
+    """Take orders out, with what stands under "failing", and the failed ones in under "failed"."""
+    gone = [task_id for task_id in dict.fromkeys([*delivered, *failed]) if task_id in store.orders]
+    for task_id in gone:
+        store.data.get("failed", {}).pop(task_id, None)
+        if task_id in failed:
+            fields, (status, error) = store.orders[task_id], failed[task_id]
+            record = {key: value for key, value in fields.items() if key not in RECORD}
+            record |= {"status": status, "error": error, "failed": _now()}
+            own = {key: fields[key] for key in RECORD if key in fields}
+            store.data.setdefault("failed", {})[task_id] = record | ({"order": own} if own else {})
+    _take(store, gone)
+    stay = store.failing.keys() - set(gone)
+    _set_failing(store, {task_id: record for task_id, record in store.failing.items() if task_id in stay})
+    return bool(gone)
+
+
+def _revive(store: Store, task_id: str) -> None:
+    """Let a failed order wait again, with all of its own fields."""
+    record = store.data["failed"].pop(task_id)
+    fields = {key: value for key, value in record.items() if key not in RECORD[:3]}
+    own = fields.get("order")
+    if isinstance(own, dict) and own and own.keys() <= set(RECORD):  # by `_end`
+        fields = {key: value for key, value in fields.items() if key != "order"} | own
+    waiting = store.orders.get(task_id, {})
+    if task_id not in store.orders or fields.keys() - waiting.keys():
+        _take(store, store.orders.keys() & {task_id})
+        _put(store, task_id, fields | waiting)
+
+
+def _set_failing(store: Store, records: dict[str, Fields]) -> bool:
+    """Whether that changed something. What a person typed there that is no object stays."""
+    if store.failing == records:
+        return False
+    rest = {key: value for key, value in store.data.get("failing", {}).items() if not isinstance(value, dict)}
+    store.data["failing"] = rest | records
+    if not store.data["failing"]:
+        del store.data["failing"]
+    return True
 
 
 # --- the file --------------------------------------------------------------------------------
@@ -196,77 +321,143 @@ def _version(stat: os.stat_result) -> Version:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def read(path: Path, patience: float = 2 * SAVING) -> Store:
-    """Read the file; a missing or empty one is an empty store.
+class Watch:
+    """Reads the file, and knows for how long it has been as it is.
 
-    patience: seconds to look again while it may be half saved; HalfSaved where they end first.
+    By the monotonic clock: the clocks of people and of file servers are ahead, or are set back. Only
+    who watches a file can tell one that somebody is saving from one that is broken or was taken away.
     """
-    deadline = time.monotonic() + patience
-    while True:
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seen: Version = ()  # as it was at the last look
+        self.since = 0.0  # when it was seen like that for the first time
+        self.there = False  # a file, not only its folder
+        self.problem = ""  # with what was seen: a broken file is parsed again only when it changed
+
+    def changed(self) -> bool:
+        """Whether there is something to read, or to say again."""
         try:
-            return _read(path)
-        except HalfSaved:
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(0.05)
+            return bool(self.problem) or self._gone() or version(self.path) != self.seen
+        except OSError:
+            return True
 
+    def read(self) -> Store:
+        """Read the file now. Raises HalfSaved for what may be half saved."""
+        try:
+            if self.problem and version(self.path) == self.seen:
+                self._refuse()
+            with self.path.open("rb") as file:
+                seen, raw = _version(os.fstat(file.fileno())), file.read()
+        except FileNotFoundError:
+            seen, raw = None, b""
+        except OSError as error:
+            self.seen, self.problem = (), ""
+            raise DatabaseError(f"cannot read {self.path}: {error.strerror}. Mend its permissions.") from None
+        if seen != self.seen:
+            self.seen, self.since = seen, time.monotonic()
+        self.problem = ""
+        if seen is None:
+            return self._missing()
+        self.there = True
+        try:
+            return _store(_parse(raw), seen)
+        except json.JSONDecodeError as error:
+            self.problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        except UnicodeDecodeError as error:
+            self.problem = f"byte {error.start + 1} is no UTF-8"
+        except RecursionError:
+            self.problem = "it is nested too deeply"
+        except ValueError as error:
+            self.problem = str(error)
+        self.problem = f"{self.path}: {self.problem}. {LEFT}"
+        if not raw.strip(b" \t\r\n\xef\xbb\xbf"):
+            # No empty store: an editor or a command may have emptied it, and may be about to write it.
+            self.problem = f"{self.path}: it is empty. Put back what was in it, or remove it."
+        self._refuse()
 
-def _read(path: Path) -> Store:
-    try:
-        with path.open("rb") as file:
-            stat = os.fstat(file.fileno())
-            raw = file.read()
-    except FileNotFoundError:
+    def wait(self, patience: float) -> Store:
+        """Read it, and look again for `patience` seconds while it may be half saved."""
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                return self.read()
+            except HalfSaved:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(0.05)
+
+    def _gone(self) -> bool:
+        """Whether it was there and is missing, and that is not believed yet."""
+        return self.there and self.seen is None
+
+    def _missing(self) -> Store:
+        """An empty store; but some editors rename a file away before they write the new one."""
+        if self._gone() and time.monotonic() < self.since + SAVING:
+            raise HalfSaved(f"{self.path} was there and is missing. Put it back.")
+        self.there = False
         return _store({"orders": {}, "failed": {}}, None)
-    except OSError as error:
-        raise DatabaseError(f"cannot read {path}: {error.strerror}. Mend its permissions.") from None
-    # Some editors empty a file and then write it. To put a new file in its place in that moment
-    # would lose all of it: the editor would go on writing into the old one, which is gone.
-    young = 0 <= time.time() - stat.st_mtime < SAVING
-    try:
-        if young and not raw.strip():
-            raise ValueError("it is empty")
-        return _store(_parse(raw), _version(stat))
-    except json.JSONDecodeError as error:
-        problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
-    except UnicodeDecodeError as error:
-        problem = f"byte {error.start + 1} is no UTF-8"
-    except RecursionError:
-        problem = "it is nested too deeply"
-    except ValueError as error:
-        problem = str(error)
-    raise (HalfSaved if young else DatabaseError)(f"{path}: {problem}. It is left as it is: mend it.")
+
+    def _refuse(self) -> NoReturn:
+        young = time.monotonic() < self.since + SAVING
+        raise (HalfSaved if young else DatabaseError)(self.problem)
 
 
-def lock(path: Path, name: str, patience: float) -> TextIO:
-    """Take the lock `.<database>.<name>` beside the file: `with lock(…):` holds it.
+def read(path: Path, patience: float = PATIENCE) -> Store:
+    """Read the file; a missing one is an empty store, an empty one is broken.
+
+    patience: seconds to look again while it may be half saved, which is for SAVING seconds after it
+    changed last; HalfSaved where they end first.
+    """
+    return Watch(path).wait(patience)
+
+
+@contextlib.contextmanager
+def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
+    """Hold the lock `.<database>.<name>` beside the file: "lock" to write, "pid" to be its only poller.
 
     It is on a file of its own that is never replaced or removed. On the database itself, a rename
     would leave one process with a lock on a file that is no longer there and the next one with a
     lock on the new file; so would a lock file that is removed after use. The kernel lets go of it
-    when its process ends, however it ends. patience: seconds to wait for it.
+    when its process ends, however it ends. patience: seconds to wait for it; Busy where they end.
     """
-    place = path.with_name(f".{path.name}.{name}")
-    deadline = time.monotonic() + patience
+    place = _beside(path, name)
     try:
-        # No link is followed: root may call in a folder that is another user's.
-        file = open(place, "a+", opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o666))  # noqa: SIM115
-        _give(file.fileno(), path.parent)
+        file = os.fdopen(_open(place), "r+")
+    except OSError as error:
+        raise DatabaseError(f"cannot lock {place}: {error.strerror}. {MEND}") from None
+    with file:
+        deadline = time.monotonic() + patience
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                take_note(file, "")
-                return file
+                break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    file.seek(0)
-                    holder = file.readline().partition(" ")[0].strip() or "unknown"
-                    raise DatabaseError(
-                        f"{place} is held by process {holder}. Wait for its end, or end it."
-                    ) from None
+                    if name == "pid":
+                        said = f"a poller with {path} runs already, as {_holder(file)}. One is enough."
+                    else:
+                        said = f"{path} is being written by {_holder(file)}, which holds {place}. Try again."
+                    raise Busy(said) from None
+            except OSError as error:
+                raise DatabaseError(f"cannot lock {place}: {error.strerror}. {MEND}") from None
             time.sleep(0.01)
-    except OSError as error:
-        raise DatabaseError(f"cannot lock {place}: {error.strerror}. {MEND}") from None
+        take_note(file, "")
+        try:
+            yield file
+        finally:  # explicitly: a child that was forked meanwhile shares the lock, and would keep it
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _holder(lock: TextIO) -> str:
+    pid = lock.readline().partition(" ")[0].strip()
+    if not pid.isdecimal():
+        return "another process"
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except OSError:  # no Linux, or not for us to know
+        return f"process {pid}"
+    return f"process {pid} ({name})"
 
 
 def take_note(lock: TextIO, note: str) -> None:
@@ -276,48 +467,93 @@ def take_note(lock: TextIO, note: str) -> None:
         os.write(lock.fileno(), f"{os.getpid()} {note}\n".encode())  # unbuffered: nothing is left for close
 
 
-def _change(path: Path | None, edit: Callable[[Store], bool], patience: float = 10) -> Store:
-    """Read the file anew, let `edit` change its data, and write it where `edit` says that it did."""
-    path = Path(os.path.realpath(path or default_path()))  # a symbolic link stays one
-    temp = path.with_name(f".{path.name}.tmp")  # one name, so that killed writers leave one file at most
-    with lock(path, "lock", patience):
-        while True:
-            store = read(path, patience)
-            if not edit(store):
-                return store
-            try:
-                # backslashreplace: half a surrogate pair, which UTF-8 cannot hold, in JSON's own \uXXXX.
-                text = _text(store.data).encode("utf-8", "backslashreplace")
-                temp.unlink(missing_ok=True)
-                with temp.open("xb") as file:
-                    _give(file.fileno(), path if store.version else path.parent)
-                    if store.version:
-                        os.fchmod(file.fileno(), path.stat().st_mode & 0o7777)
-                    file.write(text + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                    # An editor knows nothing of the lock. What it saves after this look is lost.
-                    if version(path) != store.version:
-                        temp.unlink()
-                        continue
-                    temp.replace(path)
-                    sync_folder(path.parent)
-                    return _store(store.data, _version(os.fstat(file.fileno())))
-            except RecursionError:
-                raise DatabaseError(
-                    f"{path}: it is nested too deeply. It is left as it is: mend it."
-                ) from None
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    temp.unlink()
-                raise DatabaseError(f"cannot write {path}: {error.strerror}. {MEND}") from None
+def _change(path: Path | None, edit: Callable[[Store], bool], patience: float = PATIENCE) -> Store:
+    """Read the file anew, let `edit` change it, and write it where `edit` says that it did."""
+    watch = Watch(_real(path))
+    with lock(watch.path, "lock", patience):
+        return _rewrite(watch, edit, patience)
 
 
-def _give(fd: int, like: Path) -> None:
-    """Where root runs `db.py`, the file must still be the poller's; nobody else can, or needs to."""
-    if os.geteuid() == 0:
-        os.fchown(fd, like.stat().st_uid, like.stat().st_gid)
-        os.fchmod(fd, like.stat().st_mode & 0o664)
+def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> Store:
+    while True:
+        store = watch.wait(patience)
+        if not edit(store):
+            return store
+        try:
+            written = _replace(watch.path, [_text(store.data)], store.version)
+        except RecursionError:
+            raise DatabaseError(f"{watch.path}: it is nested too deeply. {LEFT}") from None
+        if written:
+            watch.seen, watch.there, store.version = written, True, written
+            return store
+
+
+def _replace(path: Path, pieces: Iterable[bytes], seen: Version) -> Version:
+    """Put a new file in the place of `path`, in one step; None where that is no longer as `seen`."""
+    temp = path.with_name(f".{path.name.removeprefix('.')}.tmp")  # one, however many are killed
+    try:
+        temp.unlink(missing_ok=True)
+        with temp.open("xb") as file:
+            _dress(file.fileno(), path)
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+            # An editor knows nothing of the lock. What it saves after this look is lost.
+            if version(path) != seen:
+                return None
+            temp.replace(path)
+            sync_folder(path.parent)
+            return _version(os.fstat(file.fileno()))
+    except OSError as error:
+        raise DatabaseError(f"cannot write {path}: {error.strerror}. {MEND}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+
+
+def _beside(path: Path, name: str) -> Path:
+    return path.with_name(f".{path.name}.{name}")
+
+
+def _open(place: Path) -> int:
+    """Open a file beside the database to read and append; a new one is made. Raises OSError.
+
+    No link is followed, and only what is new changes hands: root may call in another user's folder.
+    """
+    how = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
+    while True:
+        try:
+            return os.open(place, how)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):
+                fd = os.open(place, how | os.O_CREAT | os.O_EXCL, 0o666)
+                _share(fd, place.parent)
+                return fd
+
+
+def _dress(fd: int, path: Path) -> None:
+    """Let what takes the place of `path` be whose that is, as far as one may, with the same permissions."""
+    try:
+        old = path.stat()
+    except FileNotFoundError:
+        return _share(fd, path.parent)
+    for owner in (old.st_uid, -1):  # its group may be ours to give where its owner is not
+        with contextlib.suppress(PermissionError):
+            os.fchown(fd, owner, old.st_gid)
+            break
+    os.fchmod(fd, old.st_mode & 0o7777)
+
+
+def _share(fd: int, folder: Path) -> None:
+    """A new file is for all whom its folder lets write; where root makes it, for its owner too."""
+    with contextlib.suppress(PermissionError):  # who is not of that group has nothing to share with it
+        like = folder.stat()
+        if os.geteuid() == 0:
+            os.fchown(fd, like.st_uid, like.st_gid)
+            os.fchmod(fd, like.st_mode & 0o664)
+        elif like.st_mode & 0o020:
+            os.fchown(fd, -1, like.st_gid)
+            os.fchmod(fd, os.fstat(fd).st_mode & 0o7777 | 0o060)
 
 
 def sync_folder(folder: Path) -> None:
@@ -329,34 +565,377 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-# --- what the poller and other programs call -------------------------------------------------
+# --- the list of what was delivered ----------------------------------------------------------
+
+
+class Deliveries:
+    """`.database.json.delivered`: one line for each delivery, `<UTC> <task id> <file name>`.
+
+    A file name of `-` says that the order is to be delivered again; the last line about an order
+    counts. A line without its end was cut off by a crash, and is none. Only the poller shortens it.
+    """
+
+    LINE = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) ([A-Za-z0-9][A-Za-z0-9._-]{0,127}) (.+)\n")
+
+    def __init__(self, database: Path) -> None:
+        self.database = database
+        self.path = _beside(database, "delivered")
+        self.ids: set[str] = set()
+        self.lines = 0  # read so far, and
+        self.end = 0  # up to which byte
+        self.file: tuple[int, int] | None = None  # of which file: another one is read anew
+        self.said: set[str] = set()
+
+    def __contains__(self, task_id: object) -> bool:
+        return task_id in self.ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def refresh(self) -> None:
+        """Read what was appended since; where that cannot be done, say so once and go on without."""
+        try:
+            stat = self.path.stat()
+            if (stat.st_dev, stat.st_ino) != self.file or stat.st_size < self.end:
+                self._forget()
+            if stat.st_size > self.end:
+                self._read_on()
+        except FileNotFoundError:
+            if self.file:
+                self._say(f"{self.path} was taken away: what was delivered before counts as never delivered.")
+            self._forget()
+        except OSError as error:
+            self._say(f"cannot read {self.path}: {error.strerror}. Nothing counts as delivered. {MEND}")
+
+    def _read_on(self) -> None:
+        rubbish = 0
+        with self.path.open("rb") as file:
+            stat = os.fstat(file.fileno())
+            if (stat.st_dev, stat.st_ino) != self.file:
+                self._forget()
+                self.file = stat.st_dev, stat.st_ino
+            file.seek(self.end)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self.lines, self.end = self.lines + 1, self.end + len(line)
+                match = self.LINE.fullmatch(line)
+                if match is None:
+                    rubbish += line != b"\n"
+                elif match[3] == b"-":
+                    self.ids.discard(match[2].decode())
+                else:
+                    self.ids.add(match[2].decode())
+        if rubbish:
+            self._say(f"{self.path}: lines that speak of no delivery are passed over.")
+
+    def _forget(self) -> None:
+        self.ids.clear()
+        self.lines, self.end, self.file = 0, 0, None
+
+    def _say(self, problem: str) -> None:
+        if problem not in self.said:
+            self.said.add(problem)
+            log.warning("%s", problem)
+
+    def add(self, files: Mapping[str, str]) -> None:
+        """Note deliveries, task id to file name; when this returns they are on the disk.
+
+        Raises DatabaseError; then they may be noted in part, and can be noted again.
+        """
+        text = "".join(f"{_now()} {task_id} {name or '?'}\n" for task_id, name in files.items())
+        try:
+            with os.fdopen(_open(self.path), "r+b", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                    text = "\n" + text  # the line that was cut off stays apart
+                rest = text.encode("utf-8", "backslashreplace")
+                while rest:  # in one piece, but where the disk is just full
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            if not size:
+                sync_folder(self.path.parent)
+        except OSError as error:
+            raise DatabaseError(f"cannot write {self.path}: {error.strerror}. {MEND}") from None
+        self.refresh()
+
+    def shorten(self, most: int) -> None:
+        """Leave the newest KEPT lines where there are more than `most`. Says where that is not possible."""
+        self.refresh()
+        if self.lines <= most:
+            return
+        try:
+            with lock(self.database, "lock", 1.0), self.path.open("rb") as file:
+                seen = _version(os.fstat(file.fileno()))
+                self.refresh()
+                for _ in range(self.lines - KEPT):
+                    file.readline()
+                pieces = iter(lambda: file.read(min(1 << 20, self.end - file.tell())), b"")
+                _replace(self.path, pieces, seen)
+        except Busy:
+            pass  # the next time will do
+        except (DatabaseError, OSError) as error:
+            self._say(f"{self.path} cannot be shortened: {error}")
+        self.refresh()
+
+    def last(self, task_id: str) -> tuple[str, str] | None:
+        """When an order was delivered (UTC) and as which file, without reading all of the list."""
+        word = f" {task_id} ".encode()
+        try:
+            with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                at = text.rfind(b"\n") + 1
+                while (at := text.rfind(word, 0, at)) >= 0:
+                    match = self.LINE.match(text, text.rfind(b"\n", 0, at) + 1)
+                    if match and match[2] == word.strip():
+                        return (
+                            None
+                            if match[3] == b"-"
+                            else (match[1].decode(), match[3].decode("utf-8", "replace"))
+                        )
+        except (OSError, ValueError):  # ValueError: an empty file
+            pass
+        return None
+
+    def since(self, when: datetime) -> tuple[int, str]:
+        """How many deliveries there were since then, and the last line of all."""
+        first, count, last = _stamp(when).encode(), 0, b""
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            for line in file:
+                match = self.LINE.fullmatch(line)
+                if match and match[3] != b"-":
+                    count, last = count + (match[1] >= first), line
+        return count, last.decode("utf-8", "replace").strip()
+
+
+# --- what the poller's loop needs ------------------------------------------------------------
+
+
+@dataclass
+class _Turn:
+    """What changes with each look at the file or write to it. Times are monotonic seconds."""
+
+    look: float = 0.0  # when the next look is due,
+    write: float = 0.0  # and before when nothing is written
+    busy: float = math.inf  # since when the lock is another's
+    orders: set[str] = field(default_factory=set)  # what the file has,
+    failing: dict[str, Fields] = field(default_factory=dict)
+    over: bool = False  # and whether some of these orders are delivered
+    problems: dict[str, str] = field(default_factory=dict)  # with "database" and "list"
+
+
+class Database:
+    """`database.json` as the loop needs it: `start` once, then `sync` each turn, `flush` at the end.
+
+    The loop sets what came of the orders, `delivered` (task id to file name), `failed` (to HTTP
+    status and what GraFx said) and `failing` (what has to stand under "failing"); the file is made
+    to say so. An order that was delivered goes on the list first, and leaves the file then.
+    """
+
+    def __init__(self, path: Path, once: bool = False) -> None:
+        self.watch = Watch(path)
+        self.once = once  # then the file is read at the start only, and "times" is always written
+        self.deliveries = Deliveries(path)
+        self.failing: dict[str, Fields] = {}
+        self.delivered: dict[str, str] = {}  # these two only until they are written
+        self.failed: dict[str, tuple[int | None, str]] = {}
+        self._turn = _Turn()
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the file or the list just now."""
+        return next(iter(self._turn.problems.values()), "")
+
+    def start(self) -> Store:
+        """Read the file and the list. Raises DatabaseError."""
+        store = self.watch.wait(PATIENCE)
+        self.deliveries.shorten(KEPT)
+        if not self.deliveries.file:
+            log.info("%s is not there: no order counts as delivered before.", self.deliveries.path)
+        self.failing = {key: dict(record) for key, record in store.failing.items() if key in store.orders}
+        return self._shown(store, self._over(store))
+
+    def sync(self, soon: bool) -> Store | None:
+        """Write what came of the orders, and see what others changed; what is new, or None.
+
+        soon: nothing else is under way, so what is to be written need not wait for more.
+        A problem is logged once, and once when it is over; meanwhile nothing is lost or forgotten.
+        """
+        turn, now = self._turn, time.monotonic()
+        look = now >= turn.look
+        if look:
+            turn.look = now + LOOK
+        if self.delivered and (look or "list" not in turn.problems):
+            self._note()
+        store = None
+        if now >= turn.write and (look or (soon and "database" not in turn.problems)) and self._unwritten():
+            store = self._tried(self._write)
+        if look and store is None and not self.once:
+            store = self._tried(self._read)
+        return store
+
+    def flush(self) -> bool:
+        """One last try to write everything; False where something is not written."""
+        deadline = time.monotonic() + (PATIENCE if self.once else 1.0)
+        if self.delivered:
+            self._note()
+        while self._unwritten() and not self._tried(self._write):
+            if "database" in self._turn.problems or time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+        return not self.delivered
+
+    def _note(self) -> None:
+        """Put deliveries on the list, all with one fsync; from then on they are safe."""
+        try:
+            self.deliveries.add(self.delivered)
+        except DatabaseError as error:
+            self._complain("list", str(error))
+            return
+        self._complain("list", "")
+        self.delivered.clear()
+        self._turn.over = True
+        self.deliveries.shorten(2 * KEPT)
+
+    def _unwritten(self) -> bool:
+        """Whether the file does not say yet what came of the orders."""
+        turn = self._turn
+        return turn.over or bool(self.failed) or not self._same(self._refused(turn.orders), turn.failing)
+
+    def _refused(self, orders: Container[str]) -> dict[str, Fields]:
+        return {task_id: dict(record) for task_id, record in self.failing.items() if task_id in orders}
+
+    def _same(self, one: dict[str, Fields], other: dict[str, Fields]) -> bool:
+        """But for the number of refusals, which is not worth a write for each."""
+        if self.once or one.keys() != other.keys():
+            return one == other
+        return all(
+            {**record, "times": 0} == {**other[task_id], "times": 0} for task_id, record in one.items()
+        )
+
+    def _tried(self, step: Callable[[], Store | None]) -> Store | None:
+        turn = self._turn
+        try:
+            store = step()
+        except Busy as error:  # somebody writes, or waits for an editor: no problem yet
+            now = time.monotonic()
+            turn.busy, turn.write = min(turn.busy, now), now + 0.2
+            if now >= turn.busy + PATIENCE and "lock" not in turn.problems:
+                self._complain("lock", str(error), logging.WARNING)
+            return None
+        except HalfSaved:
+            return None
+        except DatabaseError as error:
+            self._complain("database", str(error))
+            return None
+        if not self._unwritten():
+            self._complain("database", "")
+        return store
+
+    def _write(self) -> Store:
+        turn = self._turn
+        with lock(self.watch.path, "lock", 0.2):
+            turn.busy = math.inf
+            self._complain("lock", "")
+            begun = time.monotonic()
+            try:
+                store = _rewrite(self.watch, self._settle, 0)
+            finally:
+                now = time.monotonic()
+                turn.write = now + (SHARE - 1) * (now - begun)
+        self.failed.clear()
+        return self._shown(store, set())
+
+    def _settle(self, store: Store) -> bool:
+        """Under the lock: let the file say what came of the orders; whether that changed it."""
+        over = self._over(store)
+        for task_id in over | self.failed.keys():
+            self.failing.pop(task_id, None)
+        changed = _end(store, over, self.failed)
+        refused = self._refused(store.orders)
+        return (not self._same(refused, store.failing) and _set_failing(store, refused)) or changed
+
+    def _read(self) -> Store | None:
+        if not self.watch.changed():
+            return None
+        store = self.watch.read()
+        return self._shown(store, self._over(store))
+
+    def _over(self, store: Store) -> set[str]:
+        """The orders of the file that are delivered; says which of them somebody brought back.
+
+        The list is read after the file: `retry` writes to the list first, so that what it puts into
+        the file is never taken out again for an older line.
+        """
+        turn = self._turn
+        self.deliveries.refresh()
+        over = {task_id for task_id in store.orders if task_id in self.deliveries}
+        back = over - turn.orders
+        turn.orders = set(store.orders)
+        if back:
+            what = f"{len(back)} orders that had been delivered were"
+            if len(back) == 1:
+                what = f"{next(iter(back))} had been delivered and was"
+            log.warning("%s brought back, by hand or by a store; taken out", what)
+        return over
+
+    def _shown(self, store: Store, over: set[str]) -> Store:
+        """Remember what the file has; what of it is the loop's business."""
+        turn = self._turn
+        turn.orders, turn.failing, turn.over = set(store.orders), store.failing, bool(over)
+        hidden = over | self.delivered.keys() | self.failed.keys()
+        if hidden:
+            store.orders = {key: fields for key, fields in store.orders.items() if key not in hidden}
+        return store
+
+    def _complain(self, what: str, problem: str, level: int = logging.ERROR) -> None:
+        """Log a problem once, and once that it is over."""
+        before = self._turn.problems.pop(what, "")
+        if problem:
+            self._turn.problems[what] = problem
+        if before and before != problem:
+            log.info("over: %s", before)
+        if problem and before != problem:
+            log.log(level, "%s", problem)
+
+
+# --- what other programs call ----------------------------------------------------------------
+
+
+def _real(path: Path | None) -> Path:
+    return Path(os.path.realpath(path or default_path()))  # a symbolic link stays one
 
 
 def get_orders(path: Path | None = None) -> dict[str, Fields]:
     """The waiting orders: task id to its fields (`projectID`, `added`, …)."""
-    orders: dict[str, Fields] = json.loads(_text(read(path or default_path()).orders))
-    return orders
+    return read(_real(path)).orders
 
 
 def add_order(task_id: str, project_id: str | None = None, path: Path | None = None) -> bool:
-    """Let an order wait; when this returns it is on the disk. False where it waited already.
+    """Let an order wait; when this returns it is on the disk. False where it waits or was delivered.
 
-    Raises ValueError for what is no task id.
+    Raises ValueError for what is no task id, and for a project id that is no string.
     """
     if not is_task_id(task_id):
         raise ValueError(f"{task_id!r} is no task id: letters, digits, '.', '_' and '-', at most 128")
-    fields: Fields = {"projectID": project_id} if project_id else {}
-    new = False
+    if not isinstance(project_id, (str, type(None))):
+        raise ValueError(f"the project id {project_id!r} is no string")
+    path, new = _real(path), False
 
     def edit(store: Store) -> bool:
         nonlocal new
-        new = task_id not in store.orders
+        new = task_id not in store.orders and not Deliveries(path).last(task_id)
         if new:
-            _put(store.data, task_id, {**fields, "added": _now()})
+            _add(store, task_id, {"projectID": project_id} if project_id else {})
         return new
 
     _change(path, edit)
     return new
+
+
+def _add(store: Store, task_id: str, fields: Fields) -> None:
+    if fields or not (_items(store.data) is store.data["orders"] and _only_ids(store.data["orders"])):
+        fields = {**fields, "added": _now()}
+    _put(store, task_id, fields)
 
 
 def remove_order(task_id: str, path: Path | None = None) -> None:
@@ -368,57 +947,63 @@ def end_orders(
     delivered: Iterable[str],
     failed: Mapping[str, tuple[int | None, str]],
     path: Path | None = None,
-    patience: float = 10,
+    patience: float = PATIENCE,
 ) -> Store:
     """Take delivered orders out and move failed ones under "failed", all in one write.
 
     failed: task id to HTTP status and what GraFx said. What somebody took out meanwhile stays out.
     patience: seconds to wait for the lock. Where DatabaseError is raised, nothing has changed.
     """
-
-    ended = {*delivered, *failed}
-
-    def edit(store: Store) -> bool:
-        gone = ended & store.orders.keys()
-        records = (
-            store.data.setdefault("failed", {}) if gone & failed.keys() else store.data.get("failed", {})
-        )
-        for task_id in gone:
-            records.pop(task_id, None)
-            if task_id in failed:
-                fields, (status, error) = store.orders[task_id], failed[task_id]
-                own = {key: fields.pop(key) for key in RECORD if key in fields}
-                records[task_id] = {**fields, "status": status, "error": error, "failed": _now()}
-                if own:
-                    records[task_id]["order"] = own
-        _take(store.data, gone)
-        return bool(gone)
-
-    return _change(path, edit, patience)
+    delivered = list(delivered)  # `edit` may be called twice
+    return _change(path, lambda store: _end(store, delivered, failed), patience)
 
 
-def retry_orders(task_ids: Iterable[str] | None = None, path: Path | None = None) -> list[str]:
-    """Move failed orders (None: all) back among the waiting ones; returns those moved."""
-    moved: list[str] = []
-    asked = None if task_ids is None else dict.fromkeys(task_ids)  # each once; `edit` may be called twice
+def retry_orders(
+    task_ids: Iterable[str] | None = None,
+    path: Path | None = None,
+    since: datetime | None = None,
+    status: int | None = None,
+) -> list[str]:
+    """Let failed orders wait again (None: all), and those named that were delivered; returns which.
+
+    since, status: of the failed orders only those that failed since then, or with that HTTP status.
+    """
+    path, moved = _real(path), list[str]()
+    asked = None if task_ids is None else dict.fromkeys(task_ids)
 
     def edit(store: Store) -> bool:
-        wanted = store.failed if asked is None else asked
-        moved[:] = [task_id for task_id in wanted if task_id in store.failed and is_task_id(task_id)]
+        deliveries, failed = Deliveries(path), store.failed
+        deliveries.refresh()
+        moved[:] = [task_id for task_id, record in failed.items() if is_task_id(task_id)
+                    and (asked is None or task_id in asked) and _matches(record, since, status)]  # fmt: skip
+        moved.extend(task_id for task_id in asked or () if task_id in deliveries and task_id not in failed)
+        if again := {task_id: "-" for task_id in moved if task_id in deliveries}:
+            deliveries.add(again)  # before it waits, or the poller would take it out
         for task_id in moved:
-            record = store.data["failed"].pop(task_id)
-            own = record.get("order")
-            fields = {key: value for key, value in record.items() if key not in RECORD}
-            if task_id not in store.orders:
-                _put(store.data, task_id, fields | (own if isinstance(own, dict) else {}))
-        return bool(moved)
+            if task_id in failed:
+                _revive(store, task_id)
+            elif task_id not in store.orders:
+                _add(store, task_id, {})
+        return bool(moved)  # also where it waits already: the running poller notices by that
 
     _change(path, edit)
     return moved
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+def _matches(record: Fields, since: datetime | None, status: int | None) -> bool:
+    if since:
+        try:
+            if utc(str(record.get("failed"))) < since:
+                return False
+        except ValueError:
+            return False
+    return status is None or record.get("status") == status
+
+
+def utc(text: str) -> datetime:
+    """A time of ISO 8601; without a zone it is UTC. Raises ValueError."""
+    when = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return when if when.tzinfo else when.replace(tzinfo=timezone.utc)
 
 
 # --- python db.py ----------------------------------------------------------------------------
@@ -436,20 +1021,47 @@ def _cell(fields: Fields, key: str) -> str:
 
 def _list(path: Path) -> None:
     store = read(path)
+    deliveries, failing, failed = Deliveries(path), store.failing, store.failed
+    deliveries.refresh()
+    waiting = {key: fields for key, fields in store.orders.items() if key not in deliveries}
+    refused = {key: fields | failing[key] for key, fields in waiting.items() if key in failing}
+    print(path)
     for name, orders, keys in (
-        ("waiting", store.orders, ("projectID", "added")),
-        ("failed", store.failed, ("projectID", "failed", "status", "error")),
+        ("waiting", {key: waiting[key] for key in waiting if key not in refused}, ("projectID", "added")),
+        ("failing", refused, ("projectID", "since", "status", "error")),
+        ("failed", failed, ("projectID", "failed", "status", "error")),
     ):
         print(f"{len(orders)} {name}")
         if orders:
             rows = [(task_id, *(_cell(fields, key) for key in keys)) for task_id, fields in orders.items()]
             print(_table([("order", *keys), *rows]) + "\n")
     with contextlib.suppress(OSError):
-        note = path.with_name(f".{path.name}.pid").read_text().partition(" ")[2].strip()
+        note = _beside(path, "pid").read_text().partition(" ")[2].strip()
         if note:
             print(f"the poller said last: {note}")
     for item in store.strange:
-        print(f"not a task id, left alone: {' '.join(item.split())}")
+        print(f"no order, left alone: {' '.join(item.split())}")
+    count, last = deliveries.since(datetime.now(timezone.utc) - timedelta(days=1))
+    print(f"{count} delivered in the last 24 hours, the last: {last or 'none yet'}")
+
+
+def _add_command(path: Path, task_id: str, project: str | None) -> None:
+    if add_order(task_id, project, path):
+        print(f"{task_id} waits now, in {path}")
+    elif delivered := Deliveries(path).last(task_id):
+        raise ValueError(
+            f"{task_id} was delivered at {delivered[0]}, as {delivered[1]}."
+            f" To have it again: python db.py retry {task_id}"
+        )
+    else:
+        print(f"{task_id} waited already, in {path}")
+
+
+def _retry_command(path: Path, task_id: str | None, since: datetime | None, status: int | None) -> None:
+    moved = retry_orders([task_id] if task_id else None, path, since, status)
+    if task_id and not moved:
+        raise ValueError(f"{task_id} has neither failed nor been delivered; python db.py list shows what has")
+    print(f"{len(moved)} order{'s' * (len(moved) != 1)} will be asked about again")
 
 
 def main() -> int:
@@ -459,26 +1071,30 @@ def main() -> int:
     add = commands.add_parser("add", help="let the poller fetch a task's file")
     add.add_argument("task_id", metavar="TASK_ID", help="what GraFx answered as data.taskId")
     add.add_argument("--project", metavar="ID", help="kept with the order as projectID")
-    commands.add_parser("list", help="show what waits and what has failed")
-    retry = commands.add_parser("retry", help="ask about failed orders again")
-    which = retry.add_mutually_exclusive_group(required=True)
-    which.add_argument("task_id", metavar="TASK_ID", nargs="?", help="one failed order")
-    which.add_argument("--all", action="store_true", help="all of them")
+    commands.add_parser("list", help="show what waits, what GraFx refuses, what has failed or was delivered")
+    retry = commands.add_parser("retry", help="ask about failed orders again, or deliver one again")
+    retry.add_argument("task_id", metavar="TASK_ID", nargs="?", help="one that failed or was delivered")
+    retry.add_argument("--all", action="store_true", help="all that failed")
+    retry.add_argument(
+        "--since", metavar="UTC", type=utc, help="those that failed since then, say 2026-01-31T12:00:00Z"
+    )
+    retry.add_argument("--status", metavar="N", type=int, help="those that failed with this HTTP status")
     given = parser.parse_args()
+    if given.command == "retry":
+        some = given.since is not None or given.status is not None
+        if (given.task_id is not None) + given.all + some != 1:
+            retry.error("give one of: TASK_ID, --all, or --since and --status")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what a terminal cannot show
     for name in (signal.SIGPIPE, signal.SIGINT):  # `db.py list | head` and Ctrl-C are no errors
         signal.signal(name, signal.SIG_DFL)
     try:
+        path = _real(None)
         if given.command == "add":
-            new = add_order(given.task_id, given.project)
-            print(f"{given.task_id} {'waits now' if new else 'waited already'}")
+            _add_command(path, given.task_id, given.project)
         elif given.command == "list":
-            _list(Path(os.path.realpath(default_path())))
+            _list(path)
         else:
-            moved = retry_orders(None if given.all else [given.task_id])
-            if not moved and not given.all:
-                raise ValueError(f'{given.task_id} is not under "failed"; python db.py list shows what is')
-            print(f"{len(moved)} failed order{'s' * (len(moved) != 1)} will be asked about again")
+            _retry_command(path, given.task_id, given.since, given.status)
     except (DatabaseError, ValueError) as error:
         print(f"db.py: {error}", file=sys.stderr)
         return 1

@@ -62,7 +62,7 @@ class Editor:
 def test_many_writers_at_once(home: Home, grafx: Sandbox) -> None:
     """Four programs add, the poller takes out, and an editor saves over it all."""
     home.wait_for()
-    poller = home.start(before="poller.LOOK = 0.1")
+    poller = home.start(before="db.LOOK = 0.1")
     shares = [[grafx.add() for _ in range(number)] for number in (240, 240, 10, 10)]
     added = [task_id for share in shares for task_id in share]
     code = textwrap.dedent(ADDS).format(root=str(ROOT))
