@@ -1,15 +1,26 @@
 """GraFx: the token, the question about a task, the download. Knows nothing of the queue.
 
+The way in is `order_done`, at the end of this file; above it stand, from the bottom up, what it uses.
+
 Facts about GraFx are from CHILI's documentation (github.com/chili-publish/grafx-documentation,
 August 2026), its workshop "Building a template store", section 14, and RFCs where one is named.
 Where those are silent, the code holds either way.
+
+Requests makes the pools of connections, by the proxies and certificates that the environment names,
+and cleans addresses. The pools themselves are asked directly: a question costs 0.17 ms that way, 0.32
+by `HTTPAdapter.send` and 0.57 by `Session.get` (CPU of one thread). So this leans on some of urllib3 that
+requests does not pin: `urlopen` and `ConnectionCls` of a pool, `response_class` of a connection,
+`length_remaining`, `chunked`, `drain_conn` and `release_conn` of a response.
 """
 
 from __future__ import annotations
 
 import contextlib
 import email.utils
+import errno
 import functools
+import gzip
+import http.client
 import json
 import logging
 import os
@@ -21,7 +32,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.client import HTTPException, responses
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -30,7 +40,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from urllib3 import HTTPResponse, Timeout
-from urllib3.exceptions import HTTPError, MaxRetryError
+from urllib3.exceptions import HTTPError, IncompleteRead, MaxRetryError, ProxyError
 
 AUDIENCE = "https://chiligrafx.com"
 TIMEOUT = Timeout(connect=10.0, read=30.0)  # seconds; read: between two pieces of an answer
@@ -38,7 +48,7 @@ ANSWER_TIME = 60.0  # seconds for a whole small answer, and for each PIECE of a 
 PIECE = 64 * 1024  # bytes; with ANSWER_TIME: slower than 1 KiB/s counts as stuck
 ANSWER_SIZE = 1024 * 1024  # bytes of an answer that is not a file; GraFx's are below 10 kB
 LONGEST_PAUSE = 300.0  # seconds: the most that a Retry-After is obeyed
-TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
+TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed; and how long one is not doubted
 REDIRECTS = 5
 SERVERS = 10  # whose connections are kept
 HEADERS = {"Accept": "application/json, */*", "Accept-Encoding": "identity", "User-Agent": "grafx-poller"}
@@ -60,7 +70,7 @@ Progress = Callable[[int, "int | None"], None]  # bytes so far, bytes in all whe
 _secrets: deque[str] = deque(maxlen=32)  # the last tokens and the secret: what `plain` takes out
 
 
-class OrderFailed(Exception):
+class OrderRefused(Exception):
     """The answer speaks of this order: GraFx could not render it, does not know it, lost it.
 
     status: the HTTP status. final: no use to ask again, whereas all else may be a passing fault.
@@ -82,89 +92,46 @@ class AskAgainLater(Exception):
         self.shared, self.pause = shared, pause
 
 
+class CannotWrite(AskAgainLater):
+    """The orders folder takes no file."""
+
+
 class CredentialsRefused(AskAgainLater):
     """The token endpoint does not take SERVER_ID and SERVER_SECRET."""
 
 
-# --- one request -----------------------------------------------------------------------------
+# --- words -----------------------------------------------------------------------------------
 
 
-class Connections(HTTPAdapter):
-    """Kept-alive connections for `size` threads, each with a time by which its answer must be in.
+def plain(said: Any) -> str:
+    """A server's words, fit for a log: one line, no control characters, no secret, not too long."""
+    text = str(said)
+    for secret in _secrets.copy():  # which a server may echo; a copy, since other threads add to it
+        text = text.replace(secret, "[secret]")
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:500]
 
-    A read timeout bounds one `recv`; an answer that trickles passes it for ever, and holds its
-    thread. So the socket is kept at hand here, and another thread calls `cut`.
-    """
 
-    def __init__(self, size: int) -> None:
-        super().__init__(pool_maxsize=size)
-        self._pools: dict[tuple[str, str, int], Any] = {}
-        self._reading: dict[int, tuple[float, socket.socket]] = {}  # thread: (monotonic, its socket)
+def human(size: float) -> str:
+    """Bytes as "7.6 MB"."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.{0 if unit == 'bytes' else 1}f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
 
-    def ask(self, method: str, url: str, headers: dict[str, str], body: str | None = None) -> HTTPResponse:
-        """An answer, its body unread. `url` is a `cleaned` one. Raises what urllib3 and requests raise.
 
-        No `Session`: it would let ~/.netrc replace the token, carry cookies from one order to the next,
-        and read a redirect's body whatever its size. No `HTTPAdapter.send` either: it looks for proxies
-        and certificates anew each time, which would be a fifth of what a question costs.
-        """
-        where = origin(url)
-        pool = self._pools.get(where)
-        if pool is None:
-            if len(self._pools) >= SERVERS:
-                self.close()
-            pool = self._pools[where] = self._pool(*where)
-        target = url if pool.proxy and where[0] == "http" else f"/{url.split('/', 3)[3]}"
-        response: HTTPResponse = pool.urlopen(
-            method, target, body, headers, timeout=TIMEOUT, retries=self.max_retries, redirect=False,
-            assert_same_host=False, preload_content=False, decode_content=False,
-        )  # fmt: skip
-        return response
+def _reason(error: BaseException) -> str:
+    """What the innermost cause says: "Connection refused", without addresses, which may be secret."""
+    inner: BaseException | None = error
+    while inner:
+        error = inner
+        causes = (*error.args, getattr(error, "reason", None), error.__cause__)
+        inner = next((cause for cause in causes if isinstance(cause, BaseException)), None)
+    text = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error)
+    return plain(text) or type(error).__name__
 
-    def _pool(self, scheme: str, host: str, port: int) -> Any:
-        """The connections to a server, by the proxies and certificates that the environment names."""
-        url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
-        found = requests.Session().merge_environment_settings(url, {}, None, None, None)
-        bundle = DEFAULT_CA_BUNDLE_PATH if found["verify"] is True else str(found["verify"])
-        if not Path(bundle).exists():
-            raise OSError(f"REQUESTS_CA_BUNDLE is no file or folder: {bundle}")
-        request = requests.Request("GET", url).prepare()
-        try:
-            pool: Any = self.get_connection_with_tls_context(request, bundle, found["proxies"])
-        except (TypeError, ValueError):  # its text may have the proxy's password in it
-            raise OSError("HTTPS_PROXY or HTTP_PROXY is no address of an HTTP proxy") from None
-        expect = self.expect
 
-        class Connection(pool.ConnectionCls):  # type: ignore[misc]
-            def getresponse(self, *args: Any, **kwargs: Any) -> Any:
-                expect(self.sock)
-                return super().getresponse(*args, **kwargs)
-
-        pool.ConnectionCls = Connection
-        return pool
-
-    def close(self) -> None:
-        """Forget all connections: idle ones end now, others with their answers."""
-        self._pools = {}  # urllib3 closes a pool that nobody has any more
-        super().close()
-
-    def expect(self, sock: socket.socket | None = None) -> None:
-        """This thread now waits for the next piece of its answer, from `sock` or the last one."""
-        thread = threading.get_ident()
-        with contextlib.suppress(KeyError):
-            self._reading[thread] = (time.monotonic() + ANSWER_TIME, sock or self._reading[thread][1])
-
-    def cut(self, everything: bool = False) -> None:
-        """End the answers that are overdue, or all; their threads go on with an AskAgainLater."""
-        for deadline, sock in list(self._reading.values()):
-            if everything or time.monotonic() > deadline:
-                with contextlib.suppress(OSError, TypeError):
-                    # Below TLS, so no waiting for a goodbye. TLS inside TLS, by a proxy, is no socket itself.
-                    socket.socket.shutdown(getattr(sock, "socket", sock), socket.SHUT_RDWR)
-
-    def done(self) -> None:
-        """This thread waits for no answer now."""
-        self._reading.pop(threading.get_ident(), None)
+# --- addresses -------------------------------------------------------------------------------
 
 
 def origin(url: str) -> tuple[str, str, int]:
@@ -193,108 +160,325 @@ def cleaned(url: str) -> str:
     return url.replace(user + at, "", 1)
 
 
-def _send(
-    http: Connections, method: str, url: str, home: bool, headers: dict[str, str], body: str | None = None
-) -> HTTPResponse:
-    """One request, its answer's body unread. Raises AskAgainLater."""
-    began = time.monotonic()
-
-    def debug(outcome: Any) -> None:
-        if log.isEnabledFor(logging.DEBUG):  # without the query: a signed link's signature is a secret, too
-            where, took = plain(re.split("[?#]", url)[0]), (time.monotonic() - began) * 1000
-            log.debug("%s %s: %s, %.0f ms", method, where, outcome, took)
-
-    try:
-        response = http.ask(method, url, headers, body)
-    except (requests.RequestException, HTTPError, HTTPException, ValueError, OSError) as error:
-        # MaxRetryError, with no retries: it was the connecting that failed, which is no order's own.
-        shared = home and isinstance(error, MaxRetryError)
-        message = f"{'GraFx unreachable: ' * shared}{urlsplit(url).hostname}: {_reason(error)}"
-        debug(message)
-        http.done()
-        raise AskAgainLater(message, shared) from None
-    debug(response.status)
-    return response
+# --- one request -----------------------------------------------------------------------------
 
 
-def _reason(error: BaseException) -> str:
-    """What the innermost cause says: "Connection refused", without addresses, which may be secret."""
-    inner: BaseException | None = error
-    while inner:
-        error = inner
-        causes = (*error.args, getattr(error, "reason", None), error.__cause__)
-        inner = next((cause for cause in causes if isinstance(cause, BaseException)), None)
-    text = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error)
-    return plain(text) or type(error).__name__
+def _end(sock: Any) -> None:
+    """Let nothing more be read from a socket, in whatever thread."""
+    with contextlib.suppress(OSError, TypeError):
+        # Below TLS, so no waiting for a goodbye. TLS inside TLS, by a proxy, is no socket itself.
+        socket.socket.shutdown(getattr(sock, "socket", sock), socket.SHUT_RDWR)
 
 
-def _pieces(http: Connections, response: HTTPResponse) -> Iterator[bytes]:
-    """The body, each piece at most PIECE bytes. Raises AskAgainLater where it does not come whole."""
-    unzip = None
-    if response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip"):
-        unzip = zlib.decompressobj(wbits=31)  # nobody asked for it, but some gateways do it anyway
-    try:
-        since = 0
-        for piece in response.stream(PIECE):
-            since += len(piece)
-            if since >= PIECE:  # a chunk may be a single byte, and no reason for more patience
-                http.expect()
-                since = 0
-            while piece and unzip:
-                yield unzip.decompress(piece, PIECE)
-                piece = unzip.unconsumed_tail
-            if piece:
+class _FinalResponse(http.client.HTTPResponse):
+    """The answer itself: not an interim one before it, and with nothing behind it."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self._sock = sock
+
+    def _read_status(self) -> Any:
+        # RFC 9110, section 15.2: a client reads past any number of interim answers. http.client knows
+        # 100 only; for it a 103 would be the answer, and the real one that of the next question.
+        while True:
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if not 100 <= status < 200:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+
+    def _close_conn(self) -> None:
+        """The answer has ended. Whoever has sent more than that is not listened to any more."""
+        timeout = self._sock.gettimeout()
+        with contextlib.suppress(OSError, ValueError):
+            self._sock.settimeout(0)  # so that `peek` waits for nothing
+            if self.fp.peek(1):
+                _end(self._sock)
+        with contextlib.suppress(OSError):
+            self._sock.settimeout(timeout)
+        super()._close_conn()  # type: ignore[misc]
+
+
+class Connections(HTTPAdapter):
+    """Kept-alive connections for `size` threads, each with a time by which its answer must be in.
+
+    A read timeout bounds one `recv`; an answer that trickles passes it for ever, and holds its
+    thread. So the socket is kept at hand here, and another thread calls `cut`.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(pool_maxsize=size)
+        self._pools: dict[tuple[str, str, int], Any] = {}
+        self._reading: dict[int, tuple[float, socket.socket]] = {}  # thread: (monotonic, its socket)
+
+    def ask(
+        self, who: str, method: str, url: str, headers: dict[str, str], body: str | None = None
+    ) -> Answer:
+        """An answer, its body unread. `url` is a `cleaned` one; `who` is asked, as a person would say it.
+
+        Raises AskAgainLater, shared where there is no way to GraFx or to the token server. No `Session`: it
+        would let ~/.netrc replace the token, carry cookies from one order to the next, and read a redirect's
+        body whatever its size.
+        """
+        began = time.monotonic()
+        where, outcome, pool = origin(url), "", None
+        try:
+            pool = self._pool(where)
+            target = url if pool.proxy and where[0] == "http" else f"/{url.split('/', 3)[3]}"
+            response = pool.urlopen(
+                method, target, body, headers, timeout=TIMEOUT, retries=self.max_retries, redirect=False,
+                assert_same_host=False, preload_content=False, decode_content=False,
+            )  # fmt: skip
+            outcome = response.status
+            return Answer(self, response, url)
+        except (
+            requests.RequestException, HTTPError, http.client.HTTPException, ValueError, OSError,
+        ) as error:  # fmt: skip
+            self.done()
+            trouble = _no_answer(who, where[1], pool and pool.proxy, error)
+            outcome = str(trouble)
+            raise trouble from None
+        finally:
+            if log.isEnabledFor(logging.DEBUG):  # no query: a signed link's signature is a secret, too
+                took = (time.monotonic() - began) * 1000
+                log.debug("%s %s: %s, %.0f ms", method, plain(re.split("[?#]", url)[0]), outcome, took)
+
+    def _pool(self, where: tuple[str, str, int]) -> Any:
+        """The connections to a server. Looked up once: to find its proxy and its certificates is slow."""
+        pool = self._pools.get(where)
+        if pool is None:
+            if len(self._pools) >= SERVERS:
+                self.close()
+            pool = self._pools[where] = self._new_pool(*where)
+        return pool
+
+    def _new_pool(self, scheme: str, host: str, port: int) -> Any:
+        url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
+        found = requests.Session().merge_environment_settings(url, {}, None, None, None)
+        bundle = DEFAULT_CA_BUNDLE_PATH if found["verify"] is True else str(found["verify"])
+        if not Path(bundle).exists():
+            raise OSError(f"REQUESTS_CA_BUNDLE is no file or folder: {bundle}")
+        request = requests.Request("GET", url).prepare()
+        try:
+            pool: Any = self.get_connection_with_tls_context(request, bundle, found["proxies"])
+        except (TypeError, ValueError):  # its text may have the proxy's password in it
+            raise OSError("HTTPS_PROXY or HTTP_PROXY is no address of an HTTP proxy") from None
+        expect = self.expect
+
+        class Connection(pool.ConnectionCls):  # type: ignore[misc]
+            response_class = _FinalResponse
+
+            def getresponse(self, *args: Any, **kwargs: Any) -> Any:
+                expect(self.sock)
+                return super().getresponse(*args, **kwargs)
+
+        pool.ConnectionCls = Connection
+        return pool
+
+    def close(self) -> None:
+        """Forget all connections: idle ones end now, others with their answers."""
+        self._pools = {}  # urllib3 closes a pool that nobody has any more
+        super().close()
+
+    def expect(self, sock: socket.socket | None = None) -> None:
+        """This thread now waits for the next piece of its answer, from `sock` or the last one."""
+        thread = threading.get_ident()
+        with contextlib.suppress(KeyError):
+            self._reading[thread] = (time.monotonic() + ANSWER_TIME, sock or self._reading[thread][1])
+
+    def cut(self, everything: bool = False) -> None:
+        """End the answers that are overdue, or all; their threads go on with an AskAgainLater."""
+        for deadline, sock in list(self._reading.values()):
+            if everything or time.monotonic() > deadline:
+                _end(sock)
+
+    def done(self) -> None:
+        """This thread waits for no answer now."""
+        self._reading.pop(threading.get_ident(), None)
+
+
+def _no_answer(who: str, host: str, proxy: Any, error: Exception) -> AskAgainLater:
+    """Why there is no answer at all, by its own name: GraFx, the token server, or a proxy in between."""
+    # MaxRetryError, with no retries: it was the connecting that failed, which is no order's own.
+    reason, connecting = _reason(error), isinstance(error, MaxRetryError)
+    if proxy and isinstance(getattr(error, "reason", None), ProxyError):
+        return AskAgainLater(f"the proxy {proxy.host}:{proxy.port} is unreachable: {reason}", shared=True)
+    if proxy and reason.startswith("Tunnel connection failed"):
+        return AskAgainLater(
+            f"the proxy {proxy.host}:{proxy.port} lets nobody through: {reason}", shared=True
+        )
+    shared = connecting and who != DOWNLOAD
+    return AskAgainLater(
+        f"{who} {'is unreachable' if connecting else 'gave no answer'}: {host}: {reason}", shared
+    )
+
+
+GRAFX, TOKEN_SERVER, DOWNLOAD = "GraFx", "the token server", "the download's server"
+
+
+class Answer:
+    """An answer, its body unread: `with … as answer:`.
+
+    Leaving the block ends it, and decides alone whether its connection is used again: only where the block
+    was not left by an exception (so the answer was understood), where it is no 4xx or 5xx, and where it was
+    read to its end. On all others somebody may have more to say, which the next order would hear.
+    """
+
+    def __init__(self, connections: Connections, response: HTTPResponse, url: str) -> None:
+        self.status, self.headers, self.url = response.status, response.headers, url
+        self._connections, self._response, self._came = connections, response, 0
+        # By itself it would let another thread have its connection as soon as it is read.
+        response.release_conn = lambda: None  # type: ignore[method-assign]
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, problem: type[BaseException] | None, *_: object) -> None:
+        if self.status == 204:
+            self._response.drain_conn()  # nothing; `pieces` would do, but takes three times as long
+        if problem is None and self.status < 400 and self._response.isclosed():
+            HTTPResponse.release_conn(self._response)
+        self._response.close()  # and its connection, where it is not given back
+        self._connections.done()
+
+    def __str__(self) -> str:
+        return f"{self.status} {http.client.responses.get(self.status, '')}".strip()
+
+    def must_end(self) -> None:
+        """Raises AskAgainLater where it ends with its connection: one that is cut off would look whole."""
+        if self._response.length_remaining is None and not self._response.chunked:
+            raise AskAgainLater("the answer has neither a length nor an end that shows it is whole")
+
+    @property
+    def coding(self) -> str:
+        """Its Content-Encoding. Nobody asked for one, but some gateways do it anyway."""
+        coding = self.headers.get("Content-Encoding", "").strip().lower()
+        return "" if coding == "identity" else coding.removeprefix("x-")
+
+    def total(self) -> int | None:
+        """Bytes of its body, where it says so."""
+        return None if self.coding else self._response.length_remaining
+
+    def read(self, size: int) -> bytes:
+        """So many bytes as they come, fewer at the end. Raises what urllib3 raises."""
+        data: bytes = self._response.read(size)
+        if self._came // PIECE != (self._came + len(data)) // PIECE:
+            self._connections.expect()  # not at each chunk, which may be a single byte
+        self._came += len(data)
+        return data
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body, each piece at most PIECE bytes. Raises AskAgainLater where it does not come whole."""
+        if self.coding not in ("", "gzip"):
+            raise AskAgainLater(f"the answer is coded as {plain(self.coding)[:40]}, which nobody asked for")
+        # urllib3's own decoding says nothing of a stream that ends too early.
+        source: Any = gzip.GzipFile(fileobj=self) if self.coding else self  # type: ignore[call-overload]
+        total = self._response.length_remaining
+        try:
+            while piece := source.read(PIECE):
                 yield piece
-        if unzip and not unzip.eof:
-            raise HTTPException("the gzip stream ends in the middle")
-    except (HTTPError, HTTPException, OSError, zlib.error) as error:
-        raise AskAgainLater(f"the answer broke off: {_reason(error)}") from None
-    finally:
-        response.close()
-        http.done()
+        except (HTTPError, http.client.HTTPException, OSError, EOFError, zlib.error) as error:
+            came = human(self._came)
+            if total:
+                came = came.removesuffix(human(total)[human(total).index(" ") :]) + f" of {human(total)}"
+            short = isinstance(
+                error.args[-1] if error.args else None, (IncompleteRead, http.client.IncompleteRead)
+            )
+            said = "" if short else f" ({_reason(error)})"
+            raise AskAgainLater(f"the answer broke off: {came} came{said}") from None
 
-
-def _body(http: Connections, response: HTTPResponse) -> Any:
-    """A small answer's JSON; None for none, for other text and for more than ANSWER_SIZE."""
-    body = bytearray()
-    for piece in _pieces(http, response):
-        body += piece
-        if len(body) > ANSWER_SIZE:
+    def json(self) -> Any:
+        """A small answer's JSON; None for none, for other text and for more than ANSWER_SIZE."""
+        body = bytearray()
+        for piece in self.pieces():
+            body += piece
+            if len(body) > ANSWER_SIZE:
+                return None
+        try:
+            return json.loads(body) if body else None
+        except (ValueError, RecursionError):
             return None
-    try:
-        return json.loads(body) if body else None
-    except (ValueError, RecursionError):
-        return None
+
+    def pause(self) -> float | None:
+        """Seconds, from either form of Retry-After, RFC 9110, section 10.2.3; else None."""
+        value = self.headers.get("Retry-After", "").strip()
+        date = email.utils.parsedate_to_datetime
+        try:
+            seconds = float(value) if value.isdigit() else date(value).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return None
+        return min(max(seconds, 0.0), LONGEST_PAUSE)
+
+    def redirect(self) -> str | None:
+        """Where else to ask. Raises AskAgainLater."""
+        location = self._response.get_redirect_location()
+        if not location:
+            return None
+        try:
+            return cleaned(urljoin(self.url, location))
+        except ValueError:
+            raise AskAgainLater("redirected to what is no http address") from None
+
+    def trouble(self, what: str = "") -> OrderRefused | AskAgainLater:
+        """What an answer that is neither 200 nor 204 means, in one line. Raises AskAgainLater."""
+        answer = self.json()
+        problem = answer if isinstance(answer, dict) else {}  # RFC 9457
+        said = ": ".join(plain(problem[key]) for key in ("title", "detail") if problem.get(key))
+        if (self.status == 500 and said) or (
+            400 <= self.status < 500 and self.status not in (401, 407, 408, 425, 429)
+        ):
+            return OrderRefused(what + (said or f"GraFx answered {self}"), self.status)
+        return AskAgainLater(f"{what}GraFx answered {self}", pause=self.pause())
 
 
-def _retry_after(response: HTTPResponse) -> float | None:
-    """Seconds, from either form of RFC 9110, section 10.2.3; None where it makes no sense."""
-    value = response.headers.get("Retry-After", "").strip()
-    date = email.utils.parsedate_to_datetime
-    try:
-        seconds = float(value) if value.isdigit() else date(value).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        return None
-    return min(max(seconds, 0.0), LONGEST_PAUSE)
+class Pace:
+    """Not faster than GraFx allows: a time between two requests, 0 until it refuses one for being too many.
 
+    As TCP and Postfix do it: twice as slow after a refusal, a little faster after each good answer. So it
+    finds a limit that nobody has told it, stays near it, and forgets it when it is gone.
+    """
 
-def _must_end(response: HTTPResponse) -> None:
-    """Raises AskAgainLater where it ends with its connection: one that is cut off would look whole."""
-    if response.length_remaining is None and not response.chunked:
-        raise AskAgainLater("the answer has neither a length nor an end that shows it is whole")
+    SLOWER, FASTER = 2.0, 1.03
+    LONGEST, SHORTEST = 1.0, 0.001  # seconds; below the shortest there is none
 
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._between = 0.0  # seconds from one request to the next
+        self._usual = 0.0  # what it is by itself, a mean of the last ones
+        self._last = self._slowed = 0.0  # monotonic
 
-def _status(response: HTTPResponse) -> str:
-    return f"{response.status} {responses.get(response.status, '')}".strip()
+    def wait(self) -> float:
+        """Wait for this thread's turn; returns when it took a place in the queue, in monotonic seconds."""
+        with self._lock:
+            now = time.monotonic()
+            turn = max(now, self._last + self._between)
+            self._usual += (min(turn - self._last, self.LONGEST) - self._usual) / 8
+            self._last = turn
+        if turn > now:
+            time.sleep(turn - now)
+        return now
+
+    def heard(self, status: int, asked: float) -> None:
+        """Learn from the answer to who was in the queue since then."""
+        with self._lock:
+            if status in (429, 503):
+                if asked >= self._slowed:  # else it was on its way when another one was refused
+                    slower = self.SLOWER * max(self._between, self._usual, self.SHORTEST)
+                    self._between, self._slowed = min(self.LONGEST, slower), time.monotonic()
+            elif status < 400 and self._between:
+                self._between /= self.FASTER
+                if self._between < self.SHORTEST:
+                    self._between = 0.0
 
 
 # --- the token -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Token:
     value: str = field(repr=False)
     renew: float  # monotonic seconds
+    issued: float
+    worked: bool = False  # GraFx has taken it
 
 
 class DangerousToken:
@@ -303,15 +487,16 @@ class DangerousToken:
     Kept in memory only, shared by all threads, renewed by itself.
     """
 
-    def __init__(self, token_url: str, client_id: str, client_secret: str) -> None:
-        self._url, self._id, self._secret = token_url, client_id, client_secret
+    def __init__(self, connections: Connections, token_url: str, client_id: str, client_secret: str) -> None:
+        self._connections, self._url = connections, token_url
+        self._id, self._secret = client_id, client_secret
         self._lock = threading.Lock()
         self._token: _Token | None = None
         self._error: tuple[float, AskAgainLater] | None = None
         self.issued = False  # whether there ever was one
         _secrets.append(client_secret)
 
-    def get(self, http: Connections, refused: _Token | None = None) -> _Token:
+    def get(self, refused: _Token | None = None) -> _Token:
         """The token, fetched where there is none, where its end is near, or where it was `refused`.
 
         Raises CredentialsRefused, AskAgainLater.
@@ -324,150 +509,188 @@ class DangerousToken:
             # By identity: the endpoint caches, so that a new fetch may bring the same text again.
             if token is None or token is refused or time.monotonic() >= token.renew:
                 try:
-                    token = self._token = self._fetch(http)
+                    token = self._token = self._fetch()
                 except AskAgainLater as error:
                     self._error = (time.monotonic() + (error.pause or 0.0), error)
                     raise
             return token
 
-    def _fetch(self, http: Connections) -> _Token:
+    def _fetch(self) -> _Token:
         form = {"grant_type": "client_credentials", "audience": AUDIENCE}
         form |= {"client_id": self._id, "client_secret": self._secret}
         headers = HEADERS | {"Content-Type": "application/json"}
         try:
-            response = _send(http, "POST", cleaned(self._url), True, headers, json.dumps(form))
-            answer = _body(http, response)
+            url = cleaned(self._url)
+            with self._connections.ask(TOKEN_SERVER, "POST", url, headers, json.dumps(form)) as answer:
+                said = answer.json()
+                return self._read(answer, said if isinstance(said, dict) else {})
+        except CredentialsRefused:
+            raise
         except AskAgainLater as error:
-            raise AskAgainLater(f"no token: {error}", shared=True) from None
-        answer = answer if isinstance(answer, dict) else {}
-        if response.status in (400, 401, 403):  # RFC 6749, section 5.2
-            said = plain(answer.get("error_description") or answer.get("error") or "")
+            raise AskAgainLater(f"no token: {error}", shared=True, pause=error.pause) from None
+
+    def _read(self, answer: Answer, said: dict[str, Any]) -> _Token:
+        # RFC 6749, section 5.2: a refusal has its own words. Without them it is a gateway's.
+        if answer.status in (400, 401, 403) and isinstance(said.get("error"), str):
+            words = plain(said.get("error_description") or said["error"])
             raise CredentialsRefused(
-                f"{self._url} refuses SERVER_ID and SERVER_SECRET: {_status(response)} {said}".rstrip(),
+                f"{self._url} refuses SERVER_ID and SERVER_SECRET: {answer} {words}".rstrip(),
                 shared=True,
-                pause=_retry_after(response),
+                pause=answer.pause(),
             )
-        value, lasts = str(answer.get("access_token") or ""), answer.get("expires_in")
+        value, lasts = str(said.get("access_token") or ""), said.get("expires_in")
         # RFC 6750, section 2.1. Anything else in a header would end up in an exception's text.
-        if response.status != 200 or not re.fullmatch(r"[\x21-\x7e]+", value):
-            said = _status(response) + " without one" * (response.status == 200)
-            raise AskAgainLater(
-                f"no token: {self._url} answered {said}", shared=True, pause=_retry_after(response)
-            )
+        if answer.status != 200 or not re.fullmatch(r"[\x21-\x7e]+", value):
+            without = " without one" * (answer.status == 200)
+            raise AskAgainLater(f"{self._url} answered {answer}{without}", pause=answer.pause())
         if not isinstance(lasts, (int, float)) or not 0 < lasts < 1e9:
             lasts = 3600  # where it ends earlier, a 401 tells
         self.issued = True
         _secrets.extend((self._secret, value))
-        return _Token(value, time.monotonic() + lasts - min(TOKEN_MARGIN, lasts / 2))
+        now = time.monotonic()
+        return _Token(value, now + lasts - min(TOKEN_MARGIN, lasts / 2), now)
+
+
+# --- one environment -------------------------------------------------------------------------
+
+
+class GraFx:
+    """One environment of GraFx: where it is, the token for it, the connections to it.
+
+    size: so many threads ask at once. Raises ValueError for what is no http or https address.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        environment: str,
+        token_url: str,
+        client_id: str,
+        client_secret: str,
+        size: int = 1,
+    ) -> None:
+        self.base_url, self.home = base_url, origin(base_url)
+        # The address of a task, without its id; cleaned once, since each question begins with it.
+        self.tasks = cleaned(
+            f"{base_url}/grafx/api/v1/environment/{quote(environment, safe='')}/output/tasks/"
+        )
+        self.connections, self.pace = Connections(size), Pace()
+        self.token = DangerousToken(self.connections, token_url, client_id, client_secret)
+        self._suspects: set[str] = set()  # addresses for which two tokens were refused, but not for others
+
+    def get(self, url: str) -> Answer:
+        """GET, redirects followed; the token goes along to this environment's server and nowhere else.
+
+        Raises AskAgainLater, OrderRefused.
+        """
+        refused = None
+        for _ in range(REDIRECTS + 3):  # and a change to https, and a new token
+            # Compared is what requests made of the address, since that is where it connects to:
+            # it and urlsplit do not agree on whose "http://one\\@two/" is.
+            scheme, host, port = origin(url)
+            if (self.home[0], scheme, host) == ("https", "http", self.home[1]) and port in (80, self.home[2]):
+                # A server behind a TLS proxy may not know that it is.
+                url = urlsplit(url)._replace(scheme="https", netloc=urlsplit(self.base_url).netloc).geturl()
+            if origin(url) != self.home:
+                answer = self.connections.ask(DOWNLOAD, "GET", url, HEADERS)
+            else:
+                token = self.token.get(refused)
+                answer = self._ask_home(url, token)
+                if answer.status == 401:
+                    with answer:
+                        self._doubt(url, token, refused)
+                    refused = token
+                    continue
+            location = answer.redirect()
+            if not location:
+                return answer
+            with answer:
+                answer.json()  # so that the connection can be used again
+            url = location
+        raise AskAgainLater("redirected in circles")
+
+    def _ask_home(self, url: str, token: _Token) -> Answer:
+        turn = self.pace.wait()
+        answer = self.connections.ask(GRAFX, "GET", url, HEADERS | {"Authorization": f"Bearer {token.value}"})
+        self.pace.heard(answer.status, turn)
+        if answer.status < 400:
+            token.worked = True
+            self._suspects.discard(url)
+        return answer
+
+    def _doubt(self, url: str, token: _Token, before: _Token | None) -> None:
+        """A 401: returns where a new token is worth a try, as it is mostly; else says whose fault it is.
+
+        `before` is the token that was refused just before this one, for the same address.
+        """
+        suspect = url in self._suspects
+        young = time.monotonic() < token.issued + TOKEN_MARGIN
+        if suspect and ((token.worked and young) or (before and before.worked)):
+            raise OrderRefused("GraFx takes the token for other tasks, but not for this one", 401)
+        if before is None:
+            return
+        if not before.worked:
+            raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared=True)
+        # The one before was good, so it may be this task. When others have used the new one, it shows.
+        self._suspects.add(url)
+        raise AskAgainLater("GraFx refuses a new token for this task: 401 Unauthorized")
+
+
+def try_out(grafx: GraFx) -> str:
+    """Ask about a task that cannot exist; returns what is fine. Raises AskAgainLater, OrderRefused."""
+    mend = "look at BASEURL and ENVIRONMENT, and whether the integration may read output"
+    with grafx.get(grafx.tasks + "00000000-0000-0000-0000-000000000000") as answer:
+        if origin(answer.url) != grafx.home:
+            raise AskAgainLater(f"{grafx.base_url} redirects to {origin(answer.url)[1]}: look at BASEURL")
+        said = answer.json()
+        known = answer.status in (200, 404) and isinstance(said, dict)
+        if not known and answer.status != 204:
+            page = "" if isinstance(said, dict) else " without a word of GraFx's own"
+            words = plain(said.get("detail") or said.get("title") or "") if isinstance(said, dict) else ""
+            raise AskAgainLater(f"{grafx.base_url} answered {answer}{page} {words}".rstrip() + f": {mend}")
+        return f"{grafx.base_url} answers"
 
 
 # --- the order -------------------------------------------------------------------------------
 
 
 def order_done(
-    task_id: str,
-    base_url: str,
-    environment: str,
-    token: DangerousToken,
-    http: Connections,
-    orders_dir: Path,
-    progress: Progress = lambda done, total: None,
-    look: bool = True,
+    task_id: str, grafx: GraFx, orders_dir: Path, progress: Progress = lambda done, total: None
 ) -> bool:
     """Ask about a task; where it is finished, bring its file to `<orders_dir>/<task_id>.<ext>`.
 
-    look: whether the file may be there already.
     Returns True once the file is whole and on the disk, False while GraFx answers 204.
-    Raises OrderFailed, AskAgainLater.
+    Raises OrderRefused, AskAgainLater.
     """
-    if look and find_file(orders_dir, task_id):
-        # Left by a process that was killed before its caller could note it: whole, since it has its
-        # final name, but perhaps not yet for ever.
-        _sync_folder(orders_dir)
-        return True
-    response = _get(http, _tasks(base_url, environment) + task_id, base_url, token)
-    if response.status == 204:
-        response.drain_conn()  # nothing; `_body` would do, but takes three times as long
-        http.done()
-        return False
-    answer = _body(http, response)
-    if response.status != 200:
-        raise _trouble(response, answer)
-    try:
-        link = cleaned(answer["links"]["download"])
-    except (LookupError, ValueError, AttributeError, TypeError):
-        _must_end(response)
-        raise OrderFailed("GraFx says finished, but gives no download link", 200) from None
-    response = _get(http, link, base_url, token)
-    if response.status == 410:
-        _body(http, response)
-        raise OrderFailed("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
-    if response.status != 200:
-        raise _trouble(response, _body(http, response), "the download: ")
-    try:
-        _save(http, response, orders_dir, task_id, progress)
-    finally:
-        response.close()
-        http.done()
+    with grafx.get(grafx.tasks + task_id) as answer:
+        if answer.status == 204:
+            return False
+        if answer.status != 200:
+            raise answer.trouble()
+        link = _download_link(answer, task_id)
+    with grafx.get(link) as answer:
+        if answer.status == 410:
+            raise OrderRefused("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
+        if answer.status != 200:
+            raise answer.trouble("the download: ")
+        _save(answer, orders_dir, task_id, progress)
     return True
 
 
-@functools.lru_cache(maxsize=1)
-def _tasks(base_url: str, environment: str) -> str:
-    """The address of a task, without its id; cleaned once, since each question begins with it."""
-    return cleaned(f"{base_url}/grafx/api/v1/environment/{quote(environment, safe='')}/output/tasks/")
-
-
-def _get(http: Connections, url: str, base_url: str, token: DangerousToken) -> HTTPResponse:
-    """GET, redirects followed; the token goes along to `base_url`'s own server and nowhere else.
-
-    Raises AskAgainLater.
-    """
-    home, refused = origin(base_url), None
-    for _ in range(REDIRECTS + 3):  # and a change to https, and a new token
-        # Compared is what requests made of the address, since that is where it connects to:
-        # it and urlsplit do not agree on whose "http://one\\@two/" is.
-        where, headers = origin(url), HEADERS
-        if home[0] == "https" and where[:2] == ("http", home[1]) and where[2] in (80, home[2]):
-            # A server behind a TLS proxy may not know that it is.
-            url = urlsplit(url)._replace(scheme="https", netloc=urlsplit(base_url).netloc).geturl()
-            where = home
-        if where == home:
-            current = token.get(http, refused)
-            headers = HEADERS | {"Authorization": f"Bearer {current.value}"}
-        response = _send(http, "GET", url, where == home, headers)
-        if response.status == 401 and where == home:
-            _body(http, response)
-            if refused:
-                raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared=True)
-            refused = current
-        elif location := response.get_redirect_location():
-            _body(http, response)
-            try:
-                url = cleaned(urljoin(url, location))
-            except ValueError:
-                raise AskAgainLater("redirected to what is no http address") from None
-        else:
-            return response
-    raise AskAgainLater("redirected in circles")
-
-
-def _trouble(response: HTTPResponse, answer: Any, what: str = "") -> OrderFailed | AskAgainLater:
-    """What an answer that is neither 200 nor 204 means, in one line."""
-    status, problem = response.status, answer if isinstance(answer, dict) else {}
-    said = ": ".join(plain(problem[key]) for key in ("title", "detail") if problem.get(key))
-    message = what + (said or f"GraFx answered {_status(response)}")
-    if (status == 500 and said) or (400 <= status < 500 and status not in (407, 408, 425, 429)):
-        return OrderFailed(message, status)
-    return AskAgainLater(f"{what}GraFx answered {_status(response)}", pause=_retry_after(response))
-
-
-def plain(said: Any) -> str:
-    """A server's words, fit for a log: one line, no control characters, no secret, not too long."""
-    text = str(said)
-    for secret in _secrets:  # which a server may echo
-        text = text.replace(secret, "[secret]")
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:500]
+def _download_link(answer: Answer, task_id: str) -> str:
+    """Where a finished task's file is. Raises OrderRefused, AskAgainLater."""
+    said = answer.json()
+    try:
+        about = said["data"]["taskId"]
+    except (LookupError, TypeError):
+        about = None
+    if isinstance(about, str) and about.casefold() != task_id.casefold():
+        raise AskAgainLater(f"the answer was another task's: {plain(about)[:80]}")
+    try:
+        return cleaned(said["links"]["download"])
+    except (LookupError, ValueError, AttributeError, TypeError):
+        answer.must_end()
+        raise OrderRefused("GraFx says finished, but gives no download link", 200) from None
 
 
 # --- the file --------------------------------------------------------------------------------
@@ -476,10 +699,22 @@ def plain(said: Any) -> str:
 def find_file(orders_dir: Path, task_id: str) -> Path | None:
     """The file of a task where it has been delivered."""
     stem = f"{orders_dir}/{task_id}."  # as text, since pathlib takes ten times as long
-    for name in [stem + extension for extension in (*FORMATS, "bin")]:
+    for name in [stem + extension for extension in FORMATS]:
         if os.access(name, os.F_OK) and Path(name).is_file():
             return Path(name)
     return None
+
+
+def was_here(orders_dir: Path, task_id: str) -> bool:
+    """Whether the file was left by a process that was killed before its caller could note it.
+
+    It is whole, since it has its final name, but perhaps not yet for ever: so that is made sure of.
+    Raises AskAgainLater.
+    """
+    here = find_file(orders_dir, task_id) is not None
+    if here:
+        _sync_folder(orders_dir)
+    return here
 
 
 def remove_leftovers(orders_dir: Path) -> None:
@@ -488,31 +723,30 @@ def remove_leftovers(orders_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _save(
-    http: Connections, response: HTTPResponse, orders_dir: Path, task_id: str, progress: Progress
-) -> None:
-    """Stream the body to its place. Raises OrderFailed, AskAgainLater; then nothing is left of it."""
-    _must_end(response)
-    total = response.length_remaining
-    temp = orders_dir / f".{task_id}.part"
+def _save(answer: Answer, orders_dir: Path, task_id: str, progress: Progress) -> None:
+    """Stream the body to its place. Raises OrderRefused, AskAgainLater; then nothing is left of it."""
+    answer.must_end()
+    total = answer.total()
+    temp, final = orders_dir / f".{task_id}.part", orders_dir / task_id
     size, first, last = 0, b"", b""
     try:
         # The order of these steps is the promise: nothing has its final name before it is whole and
         # on the disk, and the caller forgets the order only after the name is on the disk as well.
         with temp.open("wb") as file:
-            for piece in _pieces(http, response):
+            for piece in answer.pieces():
                 file.write(piece)
                 size, first, last = size + len(piece), (first + piece)[:16], (last + piece)[-len(PNG_END) :]
                 progress(size, total)
-            extension = _extension(response.headers.get("Content-Type", ""), first, last)
+            final = (
+                orders_dir / f"{task_id}.{_extension(answer.headers.get('Content-Type', ''), first, last)}"
+            )
             file.flush()
             os.fsync(file.fileno())
-        temp.replace(orders_dir / f"{task_id}.{extension}")
+        temp.replace(final)
         _sync_folder(orders_dir)
-    except OrderFailed:
-        http.close()  # if its length was a lie, the rest would come as the next answer
-        raise
     except OSError as error:
+        if final.is_dir():
+            raise AskAgainLater(f"{final} is a folder, where the file belongs: move it away") from None
         raise _unwritable(orders_dir, error) from None
     finally:
         with contextlib.suppress(OSError):
@@ -520,20 +754,20 @@ def _save(
 
 
 def _extension(content_type: str, first: bytes, last: bytes) -> str:
-    """The extension by type and first bytes. Raises OrderFailed where the file is not what it says."""
-    content_type = content_type.partition(";")[0].strip().lower()
+    """The extension by type and first bytes. Raises OrderRefused where the file is not what it says."""
+    content_type = plain(content_type.partition(";")[0]).lower()[:80]
     starts = (first, first[4:])
     looks = next((ext for ext, (_, magic) in FORMATS.items() if starts[ext == "mp4"].startswith(magic)), "")
     says = next((ext for ext, (types, _) in FORMATS.items() if content_type in types), "")
     if not first:
-        raise OrderFailed("the file is empty", 200)
+        raise OrderRefused("the file is empty", 200)
     if content_type not in NO_TYPE and not (says and says == looks):
-        raise OrderFailed(f"the file says {content_type} but is {looks or 'something else'}", 200)
-    if not looks and first.lstrip()[:1] in (b"<", b"{"):
-        raise OrderFailed("the file is an error page or other text", 200)
+        raise OrderRefused(f"the file says {content_type} but is {looks or 'something else'}", 200)
+    if not looks:
+        raise OrderRefused(f"the file is none of {', '.join(FORMATS)}", 200)
     if looks == "png" and last != PNG_END:
-        raise OrderFailed("the PNG has no end", 200)
-    return looks or "bin"
+        raise OrderRefused("the PNG has no end", 200)
+    return looks
 
 
 def _sync_folder(folder: Path) -> None:
@@ -549,4 +783,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> AskAgainLater:
-    return AskAgainLater(f"cannot write to {folder}: {error.strerror}", shared=True)
+    mends = {errno.ENOENT: ": make it", errno.ENOTDIR: ": make it a folder"}
+    mends |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ": make room")
+    mends |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), ": mend its permissions")
+    return AskAgainLater(
+        f"cannot write to {folder}: {error.strerror}{mends.get(error.errno or 0, '')}", shared=True
+    )

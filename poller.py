@@ -2,29 +2,38 @@
 
     python poller.py             ask about every order, deliver, and go on until SIGTERM or Ctrl-C
     python poller.py --once      ask about each order once, for cron
-    python poller.py --check     try settings, database, folder and token
+    python poller.py --check     try settings, database, folder, token and GraFx
 
 The loop is `Poller.run`. What GraFx says is in `chili.py`, what the file says in `db.py`.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # before the slow imports: until `run` has its own, a stop needs no words
+    for _name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(_name, lambda *_: os._exit(0))
+
 import argparse
 import contextlib
 import heapq
 import ipaddress
+import itertools
 import logging
-import os
+import logging.handlers
 import queue
 import re
+import select
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -34,13 +43,22 @@ from typing import Any, TextIO
 import chili
 import db
 
-EX_CONFIG = 78  # sysexits.h: "configuration error"
+VERSION = "2026-11-24"
+EX_SOFTWARE, EX_CONFIG = 70, 78  # sysexits.h: "internal software error", "configuration error"
 SHORTEST_PAUSE = 2.0  # seconds between two questions about one order; CHILI's own client takes 2
-FAILURES = 3  # answers in a row that speak of a failed order before it counts as one
-LOOK = 1.0  # seconds between two looks at whether database.json changed
+REFUSALS = 3  # the least, before an order has failed; see GIVE_UP_AFTER
 PROGRESS = 10.0  # seconds between two log lines about one download
-UNHANDED = 3600.0  # seconds a file may wait for ON_DONE before everybody is told
-SECRETS = ("SERVER_ID", "SERVER_SECRET", "SERVER_SECRET_FILE", "FRONT_ID", "FRONT_SECRET")
+MINUTE = 60.0  # seconds between two log lines about what many orders meet
+STATES = ("new", "rendering", "downloading", "delivered", "not handed over", "failing", "failed", "stuck")
+ALARM = 600.0  # seconds that all orders wait before it is an error
+HIDDEN = (
+    "SERVER_ID",
+    "SERVER_SECRET",
+    "SERVER_SECRET_FILE",
+    "FRONT_ID",
+    "FRONT_SECRET",
+    "CREDENTIALS_DIRECTORY",
+)
 
 log = logging.getLogger("poller")
 
@@ -58,10 +76,11 @@ class Settings:
 
     server_id: str
     server_secret: str = field(repr=False)
-    base_url: str
+    baseurl: str
     environment: str
     token_url: str
     poll_interval: float
+    give_up_after: float
     concurrency: int
     database: Path
     orders_dir: Path
@@ -69,90 +88,19 @@ class Settings:
     on_done_timeout: float
 
 
-def load_settings() -> Settings:
-    """Raises SettingsError with all that is wrong."""
+def address(url: str) -> str:
     try:
-        given = db.settings()
-    except db.DatabaseError as error:
-        raise SettingsError(str(error)) from None
-    wrong: list[str] = []
-
-    def required(name: str, what: str) -> str:
-        if name not in given:
-            wrong.append(f"{name} is missing: put {what} into .env or the environment")
-        return given.get(name, "")
-
-    def address(name: str, url: str) -> str:
-        try:
-            scheme, host, _ = chili.origin(url)
-            # It must still be the same server when requests has cleaned it.
-            if set("?#@") & set(url) or chili.origin(chili.cleaned(url)) != chili.origin(url):
-                raise ValueError
-            if scheme == "http" and not is_loopback(host):
-                wrong.append(f"{name} must begin with https://, else the token travels unencrypted")
-        except ValueError:
-            if url:
-                wrong.append(f"{name} is no web address: write it as https://HOST")
-        return url.rstrip("/")
-
-    def number(
-        name: str, default: str, least: float, most: float, kind: Callable[[str], float] = float
-    ) -> Any:
-        with contextlib.suppress(ValueError):
-            value = kind(given.get(name, default))
-            if least <= value <= most:
-                return value
-        wrong.append(
-            f"{name} is {given[name]!r}: write a {'whole ' * (kind is int)}number from {least:g} to {most:g}"
-        )
-        return kind(default)
-
-    def secret() -> str:
-        if "SERVER_SECRET_FILE" not in given:
-            return required("SERVER_SECRET", "the integration's client secret")
-        if "SERVER_SECRET" in given:
-            wrong.append("SERVER_SECRET and SERVER_SECRET_FILE are both set: remove one of them")
-        try:
-            text = (db.HERE / given["SERVER_SECRET_FILE"]).read_text("utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            wrong.append(f"SERVER_SECRET_FILE: {error}: name a file that holds the secret and can be read")
-            return ""
-        if not text:
-            wrong.append("SERVER_SECRET_FILE is empty: put the integration's client secret into it")
-        return text
-
-    def command() -> list[str]:
-        try:
-            words = shlex.split(given.get("ON_DONE", ""))
-        except ValueError as error:
-            wrong.append(f"ON_DONE cannot be split into words ({error}): close its quotes")
-            return []
-        if words and "/" in words[0]:
-            words[0] = str(db.HERE / words[0])
-        if words and not shutil.which(words[0]):
-            wrong.append(f"ON_DONE: {words[0]} cannot be found or run: install it, or write its whole path")
-        return words
-
-    settings = Settings(
-        server_id=required("SERVER_ID", "the integration's client id"),
-        server_secret=secret(),
-        base_url=address("BASEURL", required("BASEURL", "https://ENVIRONMENT.chili-publish.online")),
-        environment=required("ENVIRONMENT", "the environment's name, as in cp-abc-123,"),
-        token_url=address(
-            "TOKEN_URL", given.get("TOKEN_URL", "https://integration-login.chiligrafx.com/oauth/token")
-        ),
-        poll_interval=number("POLL_INTERVAL", "60", 0.1, 3600),  # GraFx keeps a file for 4 hours
-        concurrency=number("CONCURRENCY", "8", 1, 64, int),
-        database=Path(os.path.realpath(db.default_path())),
-        orders_dir=db.HERE / given.get("ORDERS_DIR", "orders"),
-        on_done=command(),
-        on_done_timeout=number("ON_DONE_TIMEOUT", "300", 1, 86400),
-    )
-    if settings.environment and not re.fullmatch(r"[A-Za-z0-9._-]+", settings.environment):
-        wrong.append("ENVIRONMENT is no environment's name: letters, digits, '.', '_' and '-'")
-    if wrong:
-        raise SettingsError("\n".join(wrong))
-    return settings
+        scheme, host, _ = chili.origin(url)
+        # It must still be the same server when requests has cleaned it.
+        if set("?#@") & set(url) or chili.origin(chili.cleaned(url)) != chili.origin(url):
+            raise ValueError
+    except ValueError:
+        raise ValueError("is no web address: write it as https://HOST") from None
+    if host == "environment.chili-publish.online":
+        raise ValueError("is still the example's: write your environment's name in the place of ENVIRONMENT")
+    if scheme == "http" and not is_loopback(host):
+        raise ValueError("must begin with https://, else the token travels unencrypted")
+    return url.rstrip("/")
 
 
 def is_loopback(host: str) -> bool:
@@ -160,6 +108,110 @@ def is_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
+
+
+def environment_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", text):
+        raise ValueError("is no environment's name: letters, digits, '.', '_' and '-'")
+    return text
+
+
+def number(least: float, most: float, kind: Callable[[str], Any] = float) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        raise ValueError(f"is {text!r}: write a {'whole ' * (kind is int)}number from {least:g} to {most:g}")
+
+    return read
+
+
+def beside(text: str) -> Path:
+    return db.HERE / text
+
+
+def real_file(text: str) -> Path:
+    return Path(os.path.realpath(db.HERE / text))
+
+
+def command(text: str) -> list[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"cannot be split into words ({error}): close its quotes") from None
+    if words and "/" in words[0]:
+        words[0] = str(db.HERE / words[0])
+    if words and not shutil.which(words[0]):
+        raise ValueError(
+            f"names {words[0]}, which cannot be found or run: install it, or write its whole path"
+        )
+    return words
+
+
+# Its name, in lower case, is its field of `Settings`; how it is read; its default, or what is required.
+READERS: tuple[tuple[str, Callable[[str], Any], str], ...] = (
+    ("SERVER_ID", str, "the integration's client id"),
+    ("SERVER_SECRET", str, "the integration's client secret"),
+    ("BASEURL", address, "https://ENVIRONMENT.chili-publish.online"),
+    ("ENVIRONMENT", environment_name, "the environment's name, as in cp-abc-123,"),
+    ("TOKEN_URL", address, "https://integration-login.chiligrafx.com/oauth/token"),
+    ("POLL_INTERVAL", number(0.1, 3600), "60"),  # GraFx keeps a file for 4 hours
+    ("GIVE_UP_AFTER", number(0, 604800), "3600"),  # GraFx forgets a task after 7 days
+    ("CONCURRENCY", number(1, 64, int), "8"),
+    ("DATABASE", real_file, "database.json"),
+    ("ORDERS_DIR", beside, "orders"),
+    ("ON_DONE", command, ""),
+    ("ON_DONE_TIMEOUT", number(1, 86400), "300"),
+)
+REQUIRED = ("SERVER_ID", "SERVER_SECRET", "BASEURL", "ENVIRONMENT")
+
+
+def load_settings() -> Settings:
+    """Raises SettingsError with all that is wrong."""
+    wrong: list[str] = []
+    found: dict[str, Any] = {}
+    try:
+        given = db.settings()
+        add_secret(given)
+    except (db.DatabaseError, ValueError) as error:
+        raise SettingsError(str(error)) from None
+    for name, read, default in READERS:
+        if name in REQUIRED and name not in given:
+            wrong.append(f"{name} is missing: put {default} into {place()}")
+            continue
+        try:
+            found[name.lower()] = read(given.get(name, default))
+        except ValueError as error:
+            wrong.append(f"{name} {error}")
+    if not set(REQUIRED) & given.keys() and not (db.HERE / ".env").exists():
+        wrong.append("to begin with: cp .env.example .env, and fill in its four lines")
+    if wrong:
+        raise SettingsError("\n".join(wrong))
+    return Settings(**found)
+
+
+def place() -> str:
+    """Where the settings are, for who has to mend them."""
+    if "INVOCATION_ID" in os.environ:  # systemd.exec(5)
+        return "the service's environment, EnvironmentFile= of its unit"
+    return f"{db.HERE / '.env'} or the environment"
+
+
+def add_secret(given: dict[str, str]) -> None:
+    """What SERVER_SECRET_FILE names becomes SERVER_SECRET. Raises ValueError."""
+    if "SERVER_SECRET_FILE" not in given:
+        return
+    if "SERVER_SECRET" in given:
+        raise ValueError("SERVER_SECRET and SERVER_SECRET_FILE are both set: remove one of them")
+    try:
+        text = beside(given["SERVER_SECRET_FILE"]).read_text("utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"SERVER_SECRET_FILE: {error}: name a file that holds the secret and can be read"
+        ) from None
+    if not text:
+        raise ValueError("SERVER_SECRET_FILE is empty: put the integration's client secret into it")
+    given["SERVER_SECRET"] = text
 
 
 def prepare_folder(orders_dir: Path) -> None:
@@ -180,39 +232,75 @@ def prepare_folder(orders_dir: Path) -> None:
 
 
 class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no argument
-    """The log on stderr: in a terminal with a live line below it, under systemd as the journal likes it."""
+    """The log on stderr: in a terminal with a live line below it, under systemd as the journal likes it.
+
+    A thread of its own writes it, since nobody may read it: a full pipe or Ctrl-S must hold up neither a
+    delivery nor the stop. What does not fit into its queue is dropped, and counted.
+    """
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
-        self.terminal, self.line = sys.stderr.isatty(), ""
+        self.terminal, self.line, self.dropped = sys.stderr.isatty(), "", 0
         stat = os.fstat(2)  # systemd.exec(5): so one knows that stderr is the journal itself
         self.journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
         stamp = "" if self.journal else "%(asctime)s %(levelname)-7s "
         self.setFormatter(logging.Formatter(stamp + "%(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.queue: queue.Queue[Any] = queue.Queue(1000)
+        self.inlet = logging.handlers.QueueHandler(self.queue)
+        self.inlet.enqueue = self.enqueue  # type: ignore[method-assign]
+        logging.handlers.QueueListener(self.queue, self).start()
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.dropped += not hasattr(record, "live")
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         if self.journal:  # sd-daemon(3): a level for each line, or a traceback would lose it
             level = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
-            text = "\n".join(f"<{level}>{line}" for line in text.splitlines())
+            return "\n".join(f"<{level}>{line}" for line in text.splitlines())
+        colour = {"WARNING": 33, "ERROR": 31, "CRITICAL": 31}.get(record.levelname)
+        colour = 32 if hasattr(record, "good") else colour
+        if colour and self.terminal and not os.environ.get("NO_COLOR"):  # no-color.org
+            return f"\x1b[{colour}m{text}\x1b[0m"
         return text
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = self.line
-        self.show("")
+        if hasattr(record, "live"):
+            self.draw(record.live)
+            return
+        line, dropped = self.line, self.dropped
+        self.draw("")
+        if dropped:
+            self.dropped -= dropped
+            text = f"{dropped} lines of the log were dropped, since nobody read them"
+            super().emit(logging.makeLogRecord({"msg": text, "levelname": "WARNING"}))
         super().emit(record)
-        self.show(line)
+        self.draw(line)
 
     def show(self, line: str) -> None:
         """Put `line` in the place of the live line."""
-        if not self.terminal or line == self.line:
+        if self.terminal:
+            self.enqueue(logging.makeLogRecord({"live": line}))
+
+    def draw(self, line: str) -> None:
+        width = shutil.get_terminal_size().columns
+        if line[: width - 1] == self.line:
             return
-        self.acquire()
-        self.line = line[: shutil.get_terminal_size().columns - 1]
+        # A terminal that was made narrower has broken the line: all of its rows have to go.
+        up = max(0, len(self.line) - 1) // width
+        self.line = line[: width - 1]
         with contextlib.suppress(OSError):
-            self.stream.write("\r\x1b[K" + self.line)
+            self.stream.write("\r" + f"\x1b[{up}A" * bool(up) + "\x1b[J" + self.line)
             self.stream.flush()
-        self.release()
+
+    def finish(self) -> None:
+        """Let what was said be written, where it can be."""
+        deadline = time.monotonic() + 0.5
+        while self.queue.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
 
 
 def notify(state: str) -> None:
@@ -225,16 +313,19 @@ def notify(state: str) -> None:
         sock.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
 
 
-def human(size: float) -> str:
-    """Bytes as "7.6 MB"."""
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.{0 if unit == 'bytes' else 1}f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+def duration(seconds: float) -> str:
+    """Seconds as "4.7 s", "12 min" or "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-# --- the loop --------------------------------------------------------------------------------
+def clock(seconds: float = 0.0) -> str:
+    """The time of day, in so many seconds."""
+    return time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))
+
+
+# --- the orders ------------------------------------------------------------------------------
 
 
 @dataclass(eq=False, slots=True)
@@ -245,397 +336,576 @@ class Order:
     project: str
     born: float  # by its `added`, else when it was first seen
     due: float = 0.0
-    questions: int = 0
-    failures: int = 0  # answers in a row that speak of a failed order
+    asked: float = 0.0  # when it was asked about last; 0: not yet
+    state: str = "new"  # rendering, failing, stuck, or its file "not handed over"
+    refusals: int = 0  # in a row
+    refused: float = 0.0  # since when
     troubles: int = 0  # in a row: it could not be asked
-    trouble: str = ""  # what it waits on, as logged
-    unhanded: float = 0.0  # `time.time()` of its file, where ON_DONE failed for it
-    size: int = 0  # bytes of its file that are here
-    total: int | None = None
+    met: tuple[str, ...] = ()  # kinds of trouble that it is in, see Troubles
     look: bool = True  # its file may be here already; not where it was still rendering a while ago
-    logged: float = 0.0  # when it was asked about, or its progress was logged
+    gone: bool = False  # somebody took it out while it was asked about
+    file: str = ""  # the name of its file, once it is here
+    size: int = 0  # bytes of it that came by now
+    total: int | None = None
+    began: float = 0.0  # when the first of them came
+    logged: float = 0.0  # when its progress was logged
 
     def progress(self, size: int, total: int | None) -> None:
         """The download calls this for each piece."""
+        self.began = self.began if self.size else time.monotonic()
         self.size, self.total = size, total
 
-    def __str__(self) -> str:
-        if not self.total:
-            return human(self.size)
-        return f"{min(100, 100 * self.size // self.total)}% of {human(self.total)}"
+    def loading(self) -> str:
+        """How far its download is; nothing where there is none under way."""
+        if not self.size or self.file:
+            return ""
+        seconds = max(0.001, time.monotonic() - self.began)
+        share = (
+            f"{min(100, 100 * self.size // self.total)}% of {chili.human(self.total)}" if self.total else ""
+        )
+        return f"{share or chili.human(self.size)}, {chili.human(self.size / seconds)}/s"
 
 
 def new_order(task_id: str, fields: db.Fields) -> Order:
     """An order as the file has it."""
-    age = 0.0
-    with contextlib.suppress(ValueError, OverflowError):
-        when = datetime.fromisoformat(str(fields.get("added")).replace("Z", "+00:00"))
-        age = time.time() - (when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp()
     # The age is counted on with the monotonic clock: a clock set back does not stop the questions.
-    return Order(task_id, str(fields.get("projectID") or ""), time.monotonic() - max(0.0, age))
+    born = time.monotonic() - (age(fields.get("added")) or 0.0)
+    return Order(task_id, chili.plain(fields.get("projectID") or ""), born)
+
+
+def age(when: Any) -> float | None:
+    """Seconds since a time in the file; None for what is no time, or lies ahead."""
+    with contextlib.suppress(ValueError, OverflowError):
+        then = datetime.fromisoformat(str(when).replace("Z", "+00:00"))
+        seconds = time.time() - (then if then.tzinfo else then.replace(tzinfo=timezone.utc)).timestamp()
+        return seconds if seconds >= 0 else None
+    return None
+
+
+class Waiting(dict[str, Order]):
+    """The orders that wait for their next question, by id; and which is due next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._heap: list[tuple[float, str]] = []  # an entry that is not its order's `due` is stale
+
+    def put(self, order: Order, pause: float) -> None:
+        """Re-queue an order for in so many seconds; all the while it stays in database.json."""
+        order.due = time.monotonic() + pause
+        self[order.task_id] = order
+        heapq.heappush(self._heap, (order.due, order.task_id))
+
+    def first(self) -> float:
+        """When the next one is due, in monotonic seconds; infinity where none waits."""
+        while self._heap:
+            due, task_id = self._heap[0]
+            if task_id in self and self[task_id].due == due:
+                return due
+            heapq.heappop(self._heap)
+        return float("inf")
+
+    def take_first(self) -> Order:
+        """Take out the one that `first` speaks of."""
+        return self.pop(heapq.heappop(self._heap)[1])
+
+
+@dataclass(eq=False)
+class Trouble:
+    """What orders meet, and who is in it. Times are monotonic seconds."""
+
+    text: str
+    remind: bool
+    orders: set[str]
+    since: float
+    said: float
+    unsaid: int = 0  # orders that met it since it was said
+    times: int = 1  # that it was said
+
+
+class Troubles:
+    """What orders meet on their own, each kind said once for all, then now and then, then when it is over."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, Trouble] = {}
+
+    def meet(self, order: Order, text: str, more: str = "", remind: bool = True, quiet: bool = False) -> None:
+        """The order is in it; `more` is only said of this order."""
+        kind = re.sub(r"[\w-]*\d[\w.-]*", "#", text)  # ids and numbers apart
+        if kind in order.met:
+            return
+        order.met = (*order.met, kind)
+        now = time.monotonic()
+        if kind in self._kinds:
+            self._kinds[kind].unsaid += not quiet
+        else:
+            self._kinds[kind] = Trouble(text, remind, set(), now, now)
+            if not quiet:
+                log.warning("%s %s%s", order.task_id, text, more)
+        self._kinds[kind].orders.add(order.task_id)
+
+    def over(self, order: Order, quiet: bool = False) -> None:
+        """The order is out of all of them; `quiet` where it did not end well."""
+        for kind in order.met:
+            trouble = self._kinds[kind]
+            trouble.orders.discard(order.task_id)
+            if not trouble.orders:
+                del self._kinds[kind]
+                more = f" ({trouble.unsaid} more orders met it)" if trouble.unsaid else ""
+                if more or not quiet:
+                    log.info("over: %s %s%s", order.task_id, trouble.text, more)
+        order.met = ()
+
+    def tell(self) -> None:
+        """Once a minute what more orders met; after 1, 4, 16 … minutes what is still not over."""
+        now = time.monotonic()
+        for trouble in self._kinds.values():
+            still = trouble.remind and now >= trouble.since + MINUTE * 4.0 ** (trouble.times - 1)
+            if not still and not (trouble.unsaid and now >= trouble.said + MINUTE):
+                continue
+            some = ", ".join(sorted(trouble.orders)[:3]) + ", …" * (len(trouble.orders) > 3)
+            more = f"{trouble.unsaid} more, " * bool(trouble.unsaid)
+            log.warning("%s%d by now: %s %s", more, len(trouble.orders), some, trouble.text)
+            trouble.said, trouble.unsaid = now, 0
+            trouble.times += still
+
+    def worst(self) -> str:
+        """The one that has lasted longest, for the live line."""
+        for trouble in self._kinds.values():
+            if trouble.remind:
+                return f"{len(trouble.orders)} stuck: {trouble.text}"
+        return ""
+
+
+class Outage:
+    """What stands in every order's way, and until when nobody is asked. Times are monotonic seconds."""
+
+    def __init__(self, longest: float) -> None:
+        self.longest = longest  # seconds between two tries
+        self.error: chili.AskAgainLater | None = None
+        self.said: dict[str, float] = {}  # what was met, and since when; "" when it became an error
+        self.times = 0  # tries in a row
+        self.until = self.alone = 0.0  # the next try; how long GraFx wants to be left alone
+        self.over = 0.0  # when the last one was over
+
+    def begins(self, error: chili.AskAgainLater) -> None:
+        """It was met, perhaps once more."""
+        now = time.monotonic()
+        if now >= self.until:
+            self.times += 1
+            self.until = now + growing(self.times, self.longest)
+        if str(error) not in self.said:
+            log.warning("all orders wait: %s", error)
+            self.said[str(error)] = now
+        if "" not in self.said and now >= min(self.said.values()) + ALARM:
+            log.error("all orders have waited for %s: %s", duration(ALARM), error)
+            self.said[""] = now
+        self.error = error
+
+    def ends(self, delivered: bool) -> None:
+        """An answer came; where it was the disk, it takes a delivery to show that it is over."""
+        if self.error is None or (isinstance(self.error, chili.CannotWrite) and not delivered):
+            return
+        self.over = time.monotonic()
+        for text in filter(None, self.said):
+            log.info("over: %s, after %s", text, duration(self.over - self.said[text]))
+        self.error, self.said, self.times, self.until = None, {}, 0, 0.0
+
+    def pause(self) -> float:
+        """Seconds until somebody may be asked."""
+        return max(0.0, max(self.until, self.alone) - time.monotonic())
+
+    def leave_alone(self, seconds: float) -> None:
+        """GraFx asks for that."""
+        self.alone = max(self.alone, time.monotonic() + seconds)
+
+
+def growing(times: int, longest: float) -> float:
+    """2 s, 4 s, 8 s, … up to `longest`."""
+    return min(longest, SHORTEST_PAUSE * 2.0 ** min(times - 1, 20))
+
+
+# --- ON_DONE ---------------------------------------------------------------------------------
 
 
 class NotHandedOver(chili.AskAgainLater):
     """The file is here, but ON_DONE did not take it."""
 
 
+class HandOff:
+    """ON_DONE: a command for each file that has come. Where it is not set, this is false."""
+
+    def __init__(self, words: list[str], timeout: float) -> None:
+        self.words, self.timeout = words, timeout
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.signalled: set[subprocess.Popen[bytes]] = set()
+        self.stopping = False
+        self.said = ""  # the last words of the last one that failed
+
+    def __bool__(self) -> bool:
+        return bool(self.words)
+
+    def give(self, order: Order, file: Path | None) -> None:
+        """Run the command for an order's file. Raises NotHandedOver unless it ends by itself, with 0."""
+        if self.stopping:
+            raise NotHandedOver("the poller stops")
+        if file is None:
+            raise NotHandedOver("its file was taken away before ON_DONE could have it")
+        process = self.start(order, file)
+        try:
+            last = self.listen(order, process)
+        except subprocess.TimeoutExpired:
+            last = f"took longer than {self.timeout:g} s"
+            self.signal(process, signal.SIGKILL)
+        finally:
+            code = process.wait()
+            self.running.discard(process)
+            if process.stdout:
+                process.stdout.close()
+        if process in self.signalled:  # whatever its exit code says, it was not done
+            self.signalled.discard(process)
+            code, end = -1, "was ended by the poller" if self.stopping else last
+        elif code < 0:
+            end = f"was ended by signal {-code} ({signal.strsignal(-code)})"
+        else:
+            end = f"ended with {code}"
+        log.log(logging.WARNING if code else logging.DEBUG, "%s: ON_DONE %s", order.task_id, end)
+        if code:
+            kill(process, signal.SIGKILL)  # what it left running
+            self.said = last or end
+            raise NotHandedOver(f"ON_DONE {end}")
+
+    def start(self, order: Order, file: Path) -> subprocess.Popen[bytes]:
+        words = [word.replace("{}", str(file)) for word in self.words]
+        if words == self.words:
+            words.append(str(file))
+        env = {name: value for name, value in os.environ.items() if name not in HIDDEN}
+        env |= {"TASK_ID": order.task_id, "PROJECT_ID": order.project, "ORDER_FILE": str(file)}
+        try:
+            process = subprocess.Popen(  # noqa: S603 - no shell, and the words are the user's own
+                words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            self.said = str(error)
+            raise NotHandedOver(f"ON_DONE cannot be run: {error}") from None
+        self.running.add(process)
+        return process
+
+    def listen(self, order: Order, process: subprocess.Popen[bytes]) -> str:
+        """Log what it says until it has ended; returns the last words. Raises TimeoutExpired.
+
+        What it leaves running may hold its output for ever: a second after its own end nobody listens.
+        """
+        until, ended, line, last = time.monotonic() + self.timeout, False, b"", ""
+        output: Any = process.stdout
+        while True:
+            now = time.monotonic()
+            if not ended and process.poll() is not None:
+                ended, until = True, now + 1.0
+            if now >= until:
+                break
+            if not select.select([output], [], [], min(0.1, until - now))[0]:
+                continue
+            data = os.read(output.fileno(), 2000)
+            *lines, line = (line + data).split(b"\n")
+            if not data or len(line) >= 2000:
+                lines, line = [*lines, line], b""
+            for said in filter(None, (chili.plain(text.decode(errors="replace")) for text in lines)):
+                last = said
+                log.info("%s: ON_DONE says: %s", order.task_id, said)
+            if not data:
+                process.wait(max(0.0, until - time.monotonic()))
+                break
+        if not ended and process.poll() is None:
+            raise subprocess.TimeoutExpired(self.words, self.timeout)
+        return last
+
+    def stop(self, how: int) -> None:
+        """Signal all that run, and all that they started."""
+        self.stopping = True
+        for process in tuple(self.running):
+            if process.poll() is None:
+                self.signal(process, how)
+
+    def signal(self, process: subprocess.Popen[bytes], how: int) -> None:
+        self.signalled.add(process)
+        kill(process, how)
+
+
+def kill(process: subprocess.Popen[bytes], how: int) -> None:
+    """Signal a command and all that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, how)
+
+
+# --- the loop --------------------------------------------------------------------------------
+
+
 class Poller:
-    """The settings, the orders known, and those being asked about."""
+    """The single loop, its threads, and what becomes of an order: one method for each outcome."""
 
     def __init__(self, settings: Settings, screen: Screen, lock: TextIO, once: bool = False) -> None:
-        self.settings, self.screen, self.lock, self.once = settings, screen, lock, once
-        self.token = chili.DangerousToken(settings.token_url, settings.server_id, settings.server_secret)
-        self.http = chili.Connections(settings.concurrency)
-        self.todo: queue.SimpleQueue[Order] = queue.SimpleQueue()
-        self.answers: queue.SimpleQueue[tuple[Order, bool | Exception] | None] = queue.SimpleQueue()
-        self.orders: dict[str, Order] = {}
-        self.due: list[tuple[float, str]] = []  # a heap; an entry that is not its order's `due` is stale
+        self.settings, self.once = settings, once
+        self.grafx = chili.GraFx(
+            settings.baseurl, settings.environment, settings.token_url,
+            settings.server_id, settings.server_secret, settings.concurrency,
+        )  # fmt: skip
+        self.database = db.Database(settings.database)
+        # An order is in exactly one of these two, until it has ended: then it is an outcome in `database`.
+        self.waiting = Waiting()
         self.asking: dict[str, Order] = {}
-        self.delivered: set[str] = set()  # these two are not yet written to database.json
-        self.failed: dict[str, tuple[int | None, str]] = {}
-        self.children: set[subprocess.Popen[str]] = set()  # ON_DONE commands at work
-        self.seen: db.Version = None  # the version of database.json that `orders` is from
-        self.strange: set[str] = set()  # its entries that were warned about
-        self.failed_before = 0  # the orders under its "failed"
-        self.complaints: dict[str, str] = {}  # what is wrong with reading it, and with writing it
-        self.shared: dict[str, set[str]] = {}  # what stands in every order's way: the orders that met it
-        self.troubles = 0  # the same in a row, for the growing pauses
-        self.looked = self.written = self.told = self.paused_until = 0.0
-        self.stopping = False
-        self.since = self.last = self.said = self.noted = ""  # what `tell` tells
+        self.todo: queue.SimpleQueue[Order | None] = queue.SimpleQueue()  # None: only the token
+        self.answers: queue.SimpleQueue[tuple[Order | None, Any] | None] = queue.SimpleQueue()
+        self.troubles, self.outage = Troubles(), Outage(settings.poll_interval)
+        self.hand_off = HandOff(settings.on_done, settings.on_done_timeout)
+        self.telling = Telling(screen, lock)
+        self.ready = self.stopping = False  # ready: the token endpoint was asked
         self.exit_code = 0
 
     def run(self) -> int:
         """Poll until a signal, with `once` until each order was asked about; returns the exit code."""
-        for name in (signal.SIGTERM, signal.SIGINT):
+        self.begin()
+        while True:
+            self.take(self.database.sync(soon=not self.asking and self.waiting.first() > time.monotonic()))
+            self.ask_due_orders()
+            self.hear_answers()
+            if self.stopping or (self.once and self.ready and not (self.waiting or self.asking)):
+                return self.stop()
+            self.telling.tell(self)
+
+    def begin(self) -> None:
+        """Read the file, and start the threads."""
+        store = self.database.start()
+        log.info(
+            "GraFx order poller %s: %s, %s: %d waiting, %d failing, %d failed",
+            VERSION, self.settings.database, self.settings.baseurl,
+            len(store.orders) - len(self.database.failing), len(self.database.failing), len(store.failed),
+        )  # fmt: skip
+        self.take(store)
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(name, self.on_signal)
         for _ in range(self.settings.concurrency):
             # Daemons: a thread that hangs in a name lookup must not hold up the stop.
             threading.Thread(target=self.work, daemon=True).start()
-        self.orders[""] = new_order("", {})  # no order, but whether there is a token to be had
-        self.again(self.orders[""], 0.0)
-        while True:
-            self.take_new_orders()
-            self.ask_due_orders()
-            self.hear_answers()
-            self.write_outcomes()
-            if self.stopping or (self.once and not self.due and not self.asking):
-                return self.stop()
-            self.tell()
+        self.todo.put(None)  # so it shows at once whether the credentials are right
 
     def on_signal(self, *_: object) -> None:
         """Set a flag, wake the loop, and nothing else: a signal may interrupt anything."""
         self.stopping = True
         self.answers.put(None)
 
-    def take_new_orders(self) -> None:
-        """See whether database.json changed, and if so which orders came or went."""
-        now = time.monotonic()
-        if self.once or now < self.looked + LOOK:
+    def take(self, store: db.Store | None) -> None:
+        """Know the orders of the file, and no others."""
+        if store is None or (self.once and self.ready):
             return
-        self.looked = now
-        try:
-            if db.version(self.settings.database) != self.seen:
-                self.take(db.read(self.settings.database, patience=0))
-            self.complain("read", "")
-        except db.HalfSaved:
-            pass  # the next look tells
-        except (db.DatabaseError, OSError) as error:
-            self.complain("read", str(error))
+        new = [
+            task_id for task_id in store.orders if task_id not in self.waiting and task_id not in self.asking
+        ]
+        for task_id in new:
+            order = new_order(task_id, store.orders[task_id])
+            if record := self.database.failing.get(task_id):
+                self.go_on_failing(order, record)
+            self.waiting.put(order, 0.0)
+        for order in self.asking.values():
+            order.gone = order.task_id not in store.orders
+        gone = [self.waiting.pop(task_id) for task_id in self.waiting.keys() - store.orders.keys()]
+        for order in gone:
+            self.troubles.over(order, quiet=True)
+        self.telling.failed = len(store.failed)
+        if self.ready:
+            self.telling.came_and_went([self.waiting[task_id] for task_id in new], gone)
 
-    def take(self, store: db.Store) -> None:
-        """Know the orders of `store`, and no others."""
-        self.seen, self.failed_before = store.version, len(store.failed)
-        for task_id in self.orders.keys() - store.orders.keys() - {""}:
-            self.over(self.orders.pop(task_id))
-        for task_id, fields in store.orders.items():
-            if task_id in self.asking:
-                self.orders[task_id] = self.asking[task_id]
-            elif not (task_id in self.orders or task_id in self.delivered or task_id in self.failed):
-                self.orders[task_id] = new_order(task_id, fields)
-                self.again(self.orders[task_id], 0.0)
-        for item in store.strange:
-            if item not in self.strange:
-                log.warning("%s: not a task id, left alone: %s", self.settings.database, item)
-        self.strange = set(store.strange)
+    def go_on_failing(self, order: Order, record: db.Fields) -> None:
+        """An earlier process saw it refused: that counts on."""
+        since, times = age(record.get("since")), record.get("times")
+        order.state, order.refused = "failing", time.monotonic() - (since or 0.0)
+        # The daemon asks three times more, since it does not note each time.
+        order.refusals = times if self.once and isinstance(times, int) else 0
+        self.troubles.meet(order, f"refused: {record.get('error')}", remind=False, quiet=True)
 
     def ask_due_orders(self) -> None:
         """Give orders whose time has come to the threads, no more than may be asked about at once."""
-        now = time.monotonic()
-        if now < self.paused_until:
-            if self.once and self.due:
-                log.warning("%d orders were not asked about; the next run will do it", len(self.due))
-                self.due.clear()
+        if self.stopping or not self.ready:
+            return
+        if self.outage.pause():
+            if self.once and self.waiting:
+                log.warning("%d orders were not asked about; the next run will do it", len(self.waiting))
+                self.waiting.clear()
                 self.exit_code = 1
             return
-        free = 0 if self.stopping else self.settings.concurrency
-        while self.due and self.due[0][0] <= now and len(self.asking) < free:
-            due, task_id = heapq.heappop(self.due)
-            order = self.orders.get(task_id)
-            if order is None or order.due != due or task_id in self.asking:
-                continue
-            if task_id and not order.questions:
-                log.info(
-                    "%s asked about for the first time, project %s",
-                    task_id,
-                    chili.plain(order.project) or "not given",
-                )
-            order.questions, order.logged = order.questions + 1, now
-            self.asking[task_id] = order
+        now = time.monotonic()
+        while len(self.asking) < self.settings.concurrency and self.waiting.first() <= now:
+            order = self.waiting.take_first()
+            log.debug("%s asked about, project %s", order.task_id, order.project or "not given")
+            order.asked = now
+            self.asking[order.task_id] = order
             self.todo.put(order)
-
-    def again(self, order: Order, pause: float) -> None:
-        """Re-queue an order; all the while it stays in database.json."""
-        order.due = time.monotonic() + pause
-        heapq.heappush(self.due, (order.due, order.task_id))
 
     def work(self) -> None:
         """A thread: ask about one order after the other."""
         while not self.stopping:
             order = self.todo.get()
             try:
-                answer: bool | Exception = self.ask(order)
-            except Exception as error:  # noqa: BLE001 - `heard` looks at what it is
+                answer: Any = self.ask(order) if order else self.grafx.token.get()
+            except Exception as error:  # noqa: BLE001 - `hear` looks at what it is
                 answer = error
             self.answers.put((order, answer))
 
     def ask(self, order: Order) -> bool:
         """`chili.order_done`, then ON_DONE where it is set."""
-        settings = self.settings
-        if not order.task_id:
-            self.token.get(self.http)
-            return True
-        look, order.look = order.look, True
-        done = chili.order_done(
-            order.task_id, settings.base_url, settings.environment, self.token,
-            self.http, settings.orders_dir, order.progress, look,
-        )  # fmt: skip
-        order.look = done
-        order.total = order.size  # nothing of it is under way now
-        if done and settings.on_done:
-            self.hand_over(order)
-        return done
+        folder = self.settings.orders_dir
+        here = order.look and chili.was_here(folder, order.task_id)
+        order.look = True
+        if not here and not chili.order_done(order.task_id, self.grafx, folder, order.progress):
+            order.look = False
+            return False
+        file = chili.find_file(folder, order.task_id)
+        order.file = file.name if file else order.task_id  # taken away already
+        if self.hand_off:
+            self.hand_off.give(order, file)
+        return True
 
     def hear_answers(self) -> None:
-        """Wait for an answer, but no longer than to the next order due or the next look at the file."""
+        """Wait for an answer, but no longer than to the next order due, the next look, the next picture."""
         now = time.monotonic()
-        until = now + (0.2 if self.screen.terminal and self.asking else LOOK)
-        if self.due and len(self.asking) < self.settings.concurrency:
-            until = min(until, max(self.due[0][0], self.paused_until))
+        until = now + (0.2 if self.telling.screen.terminal and self.asking else db.LOOK)
+        if self.ready and len(self.asking) < self.settings.concurrency:
+            until = min(until, max(self.waiting.first(), now + self.outage.pause()))
         with contextlib.suppress(queue.Empty):
             answer = self.answers.get(timeout=max(0.0, until - now))
             while True:
                 if answer:
                     self.heard(*answer)
                 answer = self.answers.get_nowait()
-        self.http.cut()
+        self.grafx.connections.cut()
 
-    def heard(self, order: Order, answer: bool | Exception) -> None:
+    def heard(self, order: Order | None, answer: Any) -> None:
         """Decide what becomes of an order."""
-        task_id, size = order.task_id, order.size
-        del self.asking[task_id]
-        order.size = 0
-        if isinstance(answer, Exception) and not isinstance(answer, (chili.OrderFailed, chili.AskAgainLater)):
-            error, answer = answer, chili.AskAgainLater(f"unexpected {type(answer).__name__}")
-            if order.trouble != str(answer):
-                log.error("%s: unexpected error, please report it", task_id, exc_info=error)
-        if isinstance(answer, chili.AskAgainLater):
-            self.later(order, answer)
+        if isinstance(answer, chili.CredentialsRefused) and not self.grafx.token.issued:
+            log.error("%s", answer)
+            self.exit_code, self.stopping = EX_CONFIG, True
+        if order is None:
+            self.token_came(answer)
             return
-        self.troubles = order.troubles = 0
+        del self.asking[order.task_id]
+        match answer:
+            case True:
+                self.delivered(order)
+            case False:
+                self.rendering(order)
+            case chili.OrderRefused():
+                self.refused(order, answer)
+            case chili.AskAgainLater():
+                self.later(order, answer)
+            case _:
+                self.unforeseen(order, answer)
+        order.size, order.file = 0, ""
+
+    def token_came(self, answer: Any) -> None:
+        """The first thing at the start: from now on orders are asked about, and systemd knows."""
+        self.ready = True
+        if isinstance(answer, chili.AskAgainLater) and self.waiting:
+            self.outage.begins(answer)
+
+    def delivered(self, order: Order) -> None:
+        """Its file is whole on the disk, and handed over: it may leave database.json."""
+        self.over(order, delivered=True)
+        self.database.delivered[order.task_id] = order.file
+        amount = chili.human(order.size) if order.size else "here before"
+        kind, took = order.file.rpartition(".")[2], duration(time.monotonic() - order.born)
+        text = "%s delivered: %s, %s, %s after it was ordered"
+        log.info(text, order.task_id, kind, amount, took, extra={"good": True})
+        self.telling.count(order, "delivered")
+
+    def rendering(self, order: Order) -> None:
+        """204: GraFx works on it."""
         self.over(order)
+        self.telling.count(order, "rendering")
         # So a file is here at most a quarter of its render time (and 2 s) after it is ready,
         # and an order that renders for an hour is not asked about 1,800 times.
-        pause = min(self.settings.poll_interval, max(SHORTEST_PAUSE, (time.monotonic() - order.born) / 4))
-        if answer is True:
-            self.orders.pop(task_id, None)
-            if task_id:
-                self.delivered.add(task_id)
-                self.last = time.strftime("%Y-%m-%d %H:%M:%S")
-                file = chili.find_file(self.settings.orders_dir, task_id)
-                name = file.name if file else "taken away already"
-                amount = human(size) if size else "here before"
-                took, times = time.monotonic() - order.born, order.questions
-                log.info(
-                    "%s delivered: %s, %s, after %.1f s, questions: %d", task_id, name, amount, took, times
-                )
-        elif answer is False:
-            order.failures = 0
-            if not self.once:
-                self.again(order, pause)
-        elif isinstance(answer, chili.OrderFailed):
-            order.failures += 1
-            if answer.final or order.failures == FAILURES:
-                self.orders.pop(task_id, None)
-                self.failed[task_id] = (answer.status, str(answer))
-                self.exit_code = int(self.once)
-                log.error("%s failed: %s", task_id, answer)
-            else:
-                pause = min(pause, SHORTEST_PAUSE) if self.once else pause
-                log.warning(
-                    "%s: %s (%d of %d, again in %.0f s)", task_id, answer, order.failures, FAILURES, pause
-                )
-                self.again(order, pause)
+        quarter = (time.monotonic() - order.born) / 4
+        self.again(order, min(self.settings.poll_interval, max(SHORTEST_PAUSE, quarter)))
+
+    def refused(self, order: Order, error: chili.OrderRefused) -> None:
+        """GraFx says that there is no such file. It has failed when that was so for GIVE_UP_AFTER on end."""
+        now = time.monotonic()
+        self.outage.ends(delivered=False)
+        order.troubles, order.refusals = 0, order.refusals + 1
+        order.refused = order.refused or now
+        left = order.refused + self.settings.give_up_after - now
+        if error.final or (order.refusals >= REFUSALS and left <= 0):
+            self.troubles.over(order, quiet=True)
+            self.database.failed[order.task_id] = (error.status, str(error))
+            self.exit_code = self.exit_code or int(self.once)
+            log.error("%s failed, project %s: %s", order.task_id, order.project or "not given", error)
+            self.telling.count(order, "failed")
+            return
+        until = (
+            f", project {order.project or 'not given'}; asked until {clock(left)} before it counts as failed"
+        )
+        self.troubles.meet(order, f"refused: {error}", until, remind=False)
+        self.note_refusal(order, error)
+        self.telling.count(order, "failing")
+        self.again(order, growing(order.refusals, self.settings.poll_interval))
+
+    def note_refusal(self, order: Order, error: chili.OrderRefused) -> None:
+        """Into database.json; each single time only where the next one is another process's."""
+        known = self.database.failing.get(order.task_id, {})
+        if known.get("status") == error.status and not self.once:
+            return
+        since = known.get("since")
+        if age(since) is None:  # not known, or typed by somebody, or of a clock that was set back since
+            since = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        record = {"status": error.status, "error": str(error), "since": since, "times": order.refusals}
+        self.database.failing[order.task_id] = record
 
     def later(self, order: Order, error: chili.AskAgainLater) -> None:
         """The order could not be asked about, or not be delivered, through no fault of its own."""
-        if self.stopping or self.orders.get(order.task_id) is not order:  # or somebody took it out
+        if self.stopping or order.gone:
             return
-        if isinstance(error, chili.CredentialsRefused) and not self.token.issued:
-            log.error("%s", error)
-            self.exit_code, self.stopping = EX_CONFIG, True
+        self.not_refused(order)
+        self.exit_code = self.exit_code or int(self.once)
+        if error.pause:
+            log.log(logging.DEBUG if self.outage.pause() else logging.WARNING,
+                    "GraFx wants to be left alone for %.0f s", error.pause)  # fmt: skip
+            self.outage.leave_alone(error.pause)
+        if error.shared and order.asked >= self.outage.over:  # else it was asked before that was over
+            self.outage.begins(error)
+            self.again(order, 0.0)
             return
-        now = time.monotonic()
-        if error.shared and now >= self.paused_until:
-            self.troubles += 1
-            self.paused_until = now + self.growing(self.troubles)
-        self.paused_until = max(self.paused_until, now + (error.pause or 0.0))
-        order.failures, order.troubles = 0, order.troubles + 1
-        if order.trouble != str(error):
-            if not error.shared:
-                pause = f"; GraFx wants a pause of {error.pause:.0f} s for all" if error.pause else ""
-                log.warning("%s waits: %s%s", order.task_id, error, pause)
-            elif str(error) not in self.shared:
-                log.warning("all orders wait: %s", error)
-                self.since = self.since or time.strftime("%Y-%m-%d %H:%M:%S")
-            if error.shared:
-                self.shared.setdefault(str(error), set()).add(order.task_id)
-            self.over(order)  # after that, so that `since` stays
-            order.trouble = str(error)
-        if self.once:
-            self.exit_code = 1
-        else:
-            self.again(order, self.growing(order.troubles))
+        order.troubles += 1
+        self.troubles.meet(order, f"waits: {error}")
+        self.telling.count(order, "not handed over" if isinstance(error, NotHandedOver) else "stuck")
+        self.again(order, growing(order.troubles, self.settings.poll_interval))
 
-    def growing(self, times: int) -> float:
-        """2 s, 4 s, 8 s, … up to POLL_INTERVAL."""
-        return min(self.settings.poll_interval, SHORTEST_PAUSE * 2.0 ** min(times - 1, 20))
+    def unforeseen(self, order: Order, error: Exception) -> None:
+        """A fault of ours: it is said once with all that helps to find it, and the order goes on waiting."""
+        later = chili.AskAgainLater(f"unexpected {type(error).__name__}")
+        if order.troubles == 0:
+            log.error("%s: unexpected error, please report it", order.task_id, exc_info=error)
+        self.later(order, later)
 
-    def over(self, order: Order) -> None:
-        """What the order waited on is over, or the order is gone."""
-        met = self.shared.get(order.trouble, set())
-        met.discard(order.task_id)
-        if order.trouble in self.shared and not met:
-            del self.shared[order.trouble]
-            log.info("over: %s", order.trouble)
-            self.since = self.since if self.shared else ""
-        order.trouble = ""
+    def over(self, order: Order, delivered: bool = False) -> None:
+        """A good answer: what the order was in, and perhaps all orders, is over."""
+        if not delivered or order.size:  # else nobody was asked: the file was here
+            self.outage.ends(delivered=False)
+        if delivered:
+            self.outage.ends(delivered)
+        order.troubles = 0
+        self.not_refused(order)
+        self.troubles.over(order)
 
-    def write_outcomes(self) -> None:
-        """Write what came of the orders: at once when nothing is under way, else once a second."""
-        now = time.monotonic()
-        soon = self.stopping or not (self.asking or self.complaints.get("write"))
-        if not (self.delivered or self.failed) or (not soon and now < self.written + LOOK):
-            return
-        self.written = now
-        try:
-            store = db.end_orders(self.delivered, self.failed, self.settings.database, patience=0.3)
-        except db.HalfSaved:
-            return
-        except db.DatabaseError as error:
-            self.complain("write", str(error))
-            return
-        self.complain("write", "")
-        self.complain("read", "")
-        self.delivered.clear()
-        self.failed.clear()
-        if not self.once:
-            self.take(store)
+    def not_refused(self, order: Order) -> None:
+        """An answer that is no refusal: "on end" begins anew."""
+        order.refusals, order.refused = 0, 0.0
+        self.database.failing.pop(order.task_id, None)
 
-    def complain(self, what: str, problem: str) -> None:
-        """Log once what is wrong with database.json, and once that it is over."""
-        before = set(self.complaints.values())  # reading and writing mostly fail alike
-        self.complaints[what] = problem
-        now = set(self.complaints.values())
-        for text in now - before - {""}:
-            log.error("%s", text)
-        for text in before - now - {""}:
-            log.info("over: %s", text)
-
-    # --- ON_DONE
-
-    def hand_over(self, order: Order) -> None:
-        """Run ON_DONE for a delivered file. Raises NotHandedOver unless it ends with 0."""
-        if self.stopping:
-            raise NotHandedOver("the poller stops")
-        gone = NotHandedOver("its file was taken away before ON_DONE could have it")
-        file = chili.find_file(self.settings.orders_dir, order.task_id)
-        if file is None:
-            raise gone
-        try:  # it may go at any time
-            arrived = file.stat().st_mtime  # the hour for `tell` goes on after a restart
-        except OSError:
-            raise gone from None
-        words = [word.replace("{}", str(file)) for word in self.settings.on_done]
-        if words == self.settings.on_done:
-            words.append(str(file))
-        env = {name: value for name, value in os.environ.items() if name not in SECRETS}
-        env |= {"TASK_ID": order.task_id, "PROJECT_ID": order.project, "ORDER_FILE": str(file)}
-        last = [""]
-        try:
-            process = subprocess.Popen(  # noqa: S603 - no shell, and the words are the user's own
-                words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, errors="replace", start_new_session=True,
-            )  # fmt: skip
-        except (OSError, ValueError) as error:
-            self.said, order.unhanded = str(error), arrived
-            raise NotHandedOver(f"ON_DONE cannot be run: {error}") from None
-        self.children.add(process)
-
-        def listen() -> None:
-            for line in iter(lambda: process.stdout.readline(2000) if process.stdout else "", ""):
-                if said := chili.plain(line):
-                    last[0] = said
-                    log.info("%s: ON_DONE says: %s", order.task_id, said)
-
-        # A thread: what the command leaves running may keep the pipe open, and is not waited for.
-        listener = threading.Thread(target=listen, daemon=True)
-        listener.start()
-        try:
-            code = process.wait(self.settings.on_done_timeout)
-            end = f"ended with {code}"
-            if code < 0:
-                end = f"was ended by signal {-code} ({signal.strsignal(-code)})"
-        except subprocess.TimeoutExpired:
-            code, end = -1, f"took longer than {self.settings.on_done_timeout:g} s"
-            kill(process, signal.SIGKILL)
-            process.wait()
-        finally:
-            self.children.discard(process)
-        if code or self.stopping:
-            kill(process, signal.SIGKILL)  # what it left running
-        listener.join(1.0)
-        log.log(logging.WARNING if code else logging.INFO, "%s: ON_DONE %s", order.task_id, end)
-        if code:
-            self.said, order.unhanded = last[0] or end, arrived
-            raise NotHandedOver(f"ON_DONE {end}")
-
-    # --- telling
-
-    def tell(self) -> None:
-        """The live line, systemd's status, the note for `db.py list`, the progress of long downloads."""
-        now = time.monotonic()
-        if now < self.told + (0.2 if self.screen.terminal else LOOK):
-            return
-        ready, self.told = "" if self.told else "READY=1\n", now
-        loading = [order for order in self.asking.values() if order.size not in (0, order.total)]
-        status = f"{len(self.orders) - ('' in self.orders)} waiting, {len(loading)} downloading"
-        status += f", {self.failed_before} failed, last delivery {self.last or 'none yet'}"
-        if self.shared:
-            status += f"; all orders wait since {self.since}: {next(iter(self.shared))}"
-        late = time.time() - UNHANDED
-        unhanded = [order for order in self.orders.values() if 0 < order.unhanded < late]
-        note = f"{len(unhanded)} wait for ON_DONE, which said: {self.said}" if unhanded else ""
-        if note != self.noted:
-            self.noted = note
-            db.take_note(self.lock, note)
-        parts = [note, status] if note else [status]
-        notify(f"{ready}WATCHDOG=1\nSTATUS={'; '.join(parts)}")  # from the loop, so only while it turns
-        self.screen.show(" | ".join([*parts, *(f"{order.task_id[:8]} {order}" for order in loading)]))
-        for order in loading:
-            if not self.screen.terminal and now >= order.logged + PROGRESS:
-                order.logged = now
-                log.info("%s downloading: %s", order.task_id, order)
+    def again(self, order: Order, pause: float) -> None:
+        """Re-queue it, except where each order is asked about once, or where somebody took it out."""
+        if order.gone:
+            self.troubles.over(order, quiet=True)
+        elif not self.once:
+            self.waiting.put(order, pause)
 
     def stop(self) -> int:
         """Drop what is under way, write what came of the rest."""
@@ -643,29 +913,105 @@ class Poller:
         self.stopping = True
         deadline = time.monotonic() + 0.8
         while self.asking and time.monotonic() < deadline:
-            self.http.cut(everything=True)
-            for child in tuple(self.children):
-                kill(child, signal.SIGTERM)
+            self.grafx.connections.cut(everything=True)
+            self.hand_off.stop(signal.SIGTERM)
             with contextlib.suppress(queue.Empty):
                 answer = self.answers.get(timeout=0.05)
                 if answer:
                     self.heard(*answer)
-        for child in tuple(self.children):
-            kill(child, signal.SIGKILL)
-        self.write_outcomes()
-        if self.once and (self.delivered or self.failed):  # not written
+        self.hand_off.stop(signal.SIGKILL)
+        if not self.database.flush() and self.once:
             self.exit_code = 1
         with contextlib.suppress(OSError):
             chili.remove_leftovers(self.settings.orders_dir)
-        self.screen.show("")
-        log.info("stopped, %d waiting", len(self.orders) - ("" in self.orders))
+        self.telling.stop(self)
         return self.exit_code
 
 
-def kill(process: subprocess.Popen[str], how: int) -> None:
-    """Signal a command and all that it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, how)
+class Telling:
+    """What a person sees beside the log: the live line, systemd's status, the note for `db.py list`."""
+
+    def __init__(self, screen: Screen, lock: TextIO) -> None:
+        self.screen, self.lock = screen, lock
+        self.states: Counter[str] = Counter()  # of the orders that wait
+        self.results: Counter[str] = Counter()  # of all questions
+        self.failed = 0  # under "failed" in the file
+        self.last = self.note = ""  # the last delivery
+        self.told = 0.0
+        self.stale = True  # whether `states` are of before
+
+    def count(self, order: Order, state: str) -> None:
+        """An order is in this state now."""
+        self.results[state] += 1
+        order.state, self.stale = state, True
+        if state == "delivered":
+            self.last = f"last delivery {clock()}"
+
+    def came_and_went(self, new: list[Order], gone: list[Order]) -> None:
+        """Each by name, or their number where they are many."""
+        self.stale = True
+        for orders, what in ((new, "came in"), (gone, "taken out of the file by somebody")):
+            if len(orders) > 5:
+                log.info("%d orders %s", len(orders), what)
+                continue
+            for order in orders:
+                log.info("%s %s, project %s", order.task_id, what, order.project or "not given")
+
+    def tell(self, poller: Poller) -> None:
+        """Once a second, in a terminal five times while something is under way."""
+        now = time.monotonic()
+        if not poller.ready or now < self.told + (0.2 if self.screen.terminal and poller.asking else 0.99):
+            return
+        ready, self.told = "" if self.told else "READY=1\n", now
+        poller.troubles.tell()
+        loading = [order for order in poller.asking.values() if order.loading()]
+        waits, wrong = self.wrong(poller)
+        if wrong != self.note:
+            self.note = wrong
+            db.take_note(self.lock, wrong)
+        counts = self.counts(poller, loading)
+        # From the loop, so only while it turns.
+        status = "; ".join(filter(None, (waits + wrong, counts, self.last)))
+        notify(f"{ready}WATCHDOG=1\nSTATUS={status}")
+        parts = [waits + wrong, *(f"{order.task_id[:8]} {order.loading()}" for order in loading), counts]
+        pause = poller.waiting.first() - now
+        if pause < 1e6 and not waits:
+            parts.append(f"next question in {max(0.0, pause):.0f} s")
+        self.screen.show(" | ".join(filter(None, (*parts, self.last))))
+        for order in loading:
+            if not self.screen.terminal and now >= max(order.asked, order.logged) + PROGRESS:
+                order.logged = now
+                log.info("%s downloading: %s", order.task_id, order.loading())
+
+    def wrong(self, poller: Poller) -> tuple[str, str]:
+        """What is wrong: when it is tried again, and what it is; the worst first."""
+        pause, outage = poller.outage.pause(), poller.outage.error
+        waits = f"again in {pause:.0f} s: " if pause else ""
+        found = [f"all orders wait: {outage}" if outage else "GraFx wants to be left alone" if pause else ""]
+        found.append(poller.database.problem)
+        if unhanded := self.states["not handed over"]:
+            found.append(f"{unhanded} wait for ON_DONE, which said: {poller.hand_off.said}")
+        found.append(poller.troubles.worst())
+        return waits, "; ".join(filter(None, found))
+
+    def counts(self, poller: Poller, loading: list[Order]) -> str:
+        """How many orders are in which state, each in one."""
+        if self.stale:  # there may be 20,000 of them
+            orders = itertools.chain(poller.waiting.values(), poller.asking.values())
+            self.states, self.stale = Counter(order.state for order in orders), False
+        states = (
+            self.states + Counter("downloading" for _ in loading) - Counter(order.state for order in loading)
+        )
+        return ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
+
+    def stop(self, poller: Poller) -> None:
+        """The last words."""
+        self.screen.show("")
+        if poller.once:
+            said = ", ".join(f"{self.results[state]} {state}" for state in STATES if self.results[state])
+            log.info("asked about %d%s", self.results.total(), said and f": {said}")
+        else:
+            log.info("stopped, %d waiting", len(poller.waiting) + len(poller.asking))
 
 
 # --- python poller.py ------------------------------------------------------------------------
@@ -673,6 +1019,9 @@ def kill(process: subprocess.Popen[str], how: int) -> None:
 
 def check(settings: Settings) -> int:
     """Try all that the poller needs, and say what is fine and what is not; returns the exit code."""
+    grafx = chili.GraFx(
+        settings.baseurl, settings.environment, settings.token_url, settings.server_id, settings.server_secret
+    )
 
     def database() -> str:
         store = db.read(settings.database)
@@ -683,24 +1032,26 @@ def check(settings: Settings) -> int:
         return str(settings.orders_dir)
 
     def token() -> str:
-        token = chili.DangerousToken(settings.token_url, settings.server_id, settings.server_secret)
-        token.get(chili.Connections(1))
+        grafx.token.get()
         return f"{settings.token_url} gives one"
 
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--check | head` is no error
-    print("ok    settings")
+    def answers() -> str:
+        return chili.try_out(grafx)
+
     code = 0
-    for step in (database, folder, token):
+    print("ok    settings")
+    for name, step in (("database", database), ("folder", folder), ("token", token), ("GraFx", answers)):
         try:
-            print(f"ok    {step.__name__}: {step()}", flush=True)
-        except (db.DatabaseError, chili.AskAgainLater, OSError) as error:
-            print(f"WRONG {step.__name__}: {error}", flush=True)
+            said = f"ok    {name}: {step()}"
+        except (db.DatabaseError, chili.AskAgainLater, chili.OrderRefused, OSError) as error:
+            said = f"WRONG {name}: {error}"
             code = EX_CONFIG if isinstance(error, chili.CredentialsRefused) else code or 1
+        print(said, flush=True)
     return code
 
 
-def main() -> int:
-    """`python poller.py`; returns the exit code."""
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(
         prog="poller.py",
         description="Fetch the files of finished GraFx orders: from database.json to ./orders.",
@@ -711,39 +1062,60 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--once", action="store_true", help="ask about each order once, and end")
     what.add_argument(
-        "--check", action="store_true", help="try settings, database, folder and token, and end"
+        "--check", action="store_true", help="try settings, database, folder, token and GraFx, and end"
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log each request, without any secret")
-    given = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run` has its own: Ctrl-C needs no traceback
+    return parser.parse_args()
+
+
+def open_streams() -> None:
+    """Where a standard stream was closed, as by 2>&-, no other file may take its place."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+
+
+def main() -> int:
+    """`python poller.py`; returns the exit code."""
+    open_streams()
+    given = arguments()
     screen = Screen()
-    logging.basicConfig(handlers=[screen])
-    for logger in (log, logging.getLogger("chili")):
-        logger.setLevel(logging.DEBUG if given.verbose else logging.INFO)
+    logging.getLogger().addHandler(screen.inlet)
+    for name in ("poller", "chili", "db"):
+        logging.getLogger(name).setLevel(logging.DEBUG if given.verbose else logging.INFO)
     logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it logs addresses whole, signatures too
     logging.raiseExceptions = False  # a log that nobody reads any more is no reason to fail
     try:
         settings = load_settings()
+        return check(settings) if given.check else run(settings, screen, given.once)
     except SettingsError as error:
         for line in str(error).splitlines():
             log.error("%s", line)
         return EX_CONFIG
-    if given.check:
-        return check(settings)
-    try:
-        with db.lock(settings.database, "pid", patience=0) as lock:
-            store = db.read(settings.database)
-            prepare_folder(settings.orders_dir)
-            chili.remove_leftovers(settings.orders_dir)
-            poller = Poller(settings, screen, lock, given.once)
-            poller.take(store)
-            return poller.run()
     except (db.DatabaseError, OSError) as error:
         log.error("%s", error)
         return 1
+    finally:
+        screen.finish()
+
+
+def run(settings: Settings, screen: Screen, once: bool) -> int:
+    """Be the only poller of this database. Raises DatabaseError, OSError."""
+    with db.lock(settings.database, "pid", patience=0) as lock:
+        prepare_folder(settings.orders_dir)
+        chili.remove_leftovers(settings.orders_dir)
+        poller = Poller(settings, screen, lock, once)
+        try:
+            return poller.run()
+        except (db.DatabaseError, OSError):
+            raise
+        except Exception:
+            poller.hand_off.stop(signal.SIGKILL)
+            log.critical("the poller is broken and ends, please report it", exc_info=True)
+            return EX_SOFTWARE
 
 
 if __name__ == "__main__":
-    code = main()
-    logging.shutdown()
-    os._exit(code)  # a thread that still hangs somewhere must not hold up the end
+    os._exit(main())  # a thread that still hangs somewhere must not hold up the end

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from sandbox import Sandbox  # noqa: E402
 
 # Python for `before`: short pauses; a line in the log for each file that is opened or renamed.
-QUICK = "poller.LOOK = poller.SHORTEST_PAUSE = 0.1"
+QUICK = "db.LOOK = poller.SHORTEST_PAUSE = 0.1"
 WATCH = (
     "sys.addaudithook(lambda what, about: print({'open': '<read %s>', 'os.rename': '<to %s>'}[what] % ("
     "about[what == 'os.rename'],), file=sys.stderr) if what in ('open', 'os.rename') else None)"

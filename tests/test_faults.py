@@ -169,7 +169,7 @@ ROWS = [
 def before(timeout: float) -> str:
     return (
         f"chili.TIMEOUT = chili.Timeout(connect={timeout}, read={timeout}); chili.ANSWER_TIME = {timeout}; "
-        "poller.SHORTEST_PAUSE = poller.LOOK = 0.05"
+        "poller.SHORTEST_PAUSE = db.LOOK = 0.05"
     )
 
 

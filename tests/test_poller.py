@@ -304,7 +304,7 @@ def test_a_stop_drops_downloads_and_writes_outcomes(home: Home, how: int, fault:
 def test_a_second_poller_is_refused_with_the_pid_of_the_first(home: Home) -> None:
     home.wait_for(home.grafx.add("never"))
     first = home.start()
-    first.says("first time")
+    first.says("GraFx order poller")
     link = home.folder / "link.json"
     link.symlink_to(home.database)
     for arguments, env in (((), {}), (("--once",), {}), ((), {"DATABASE": str(link)})):
@@ -384,7 +384,7 @@ def test_the_file_is_read_where_it_changed_and_written_once_for_a_sweep(home: Ho
     tasks = [grafx.add() for _ in range(40)]
     pending = grafx.add("never")
     home.wait_for(*tasks, pending)
-    daemon = home.start(before=f"poller.LOOK = 0.1; {WATCH}", CONCURRENCY="4", POLL_INTERVAL="3600")
+    daemon = home.start(before=f"db.LOOK = 0.1; {WATCH}", CONCURRENCY="4", POLL_INTERVAL="3600")
 
     def count(what: str) -> int:
         return len(re.findall(rf"<{what} [^>]*{re.escape(home.database.name)}>", daemon.log()))
@@ -419,7 +419,7 @@ def test_orders_come_and_go_in_the_file(home: Home) -> None:
     grafx = home.grafx
     gone, stays = grafx.add("never"), grafx.add("never")
     home.wait_for(gone, stays, note="kept")
-    assert poller.LOOK <= 1  # shortened here
+    assert db.LOOK <= 1  # shortened here
     daemon = home.start(before=QUICK)
     eventually(lambda: len(asked(grafx, gone)) > 2)
 

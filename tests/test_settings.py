@@ -190,7 +190,7 @@ def test_a_network_that_is_not_there_yet_is_no_reason_to_end(home: Home, relay: 
 def test_check_says_that_all_is_fine_also_while_a_daemon_runs(home: Home) -> None:
     home.wait_for(home.grafx.add("never"))
     daemon = home.start()
-    daemon.says("first time")
+    daemon.says("GraFx order poller")
     text = home.database.read_bytes()
     ended = home.run("--check")
     assert ended.process.returncode == 0
