@@ -332,7 +332,8 @@ class Watch:
         self.path = path
         self.seen: Version = ()  # as it was at the last look
         self.since = 0.0  # when it was seen like that for the first time
-        self.there = False  # a file, not only its folder
+        # Whether a file was there; where there is a lock, somebody wrote one.
+        self.there = _beside(path, "lock").exists()
         self.problem = ""  # with what was seen: a broken file is parsed again only when it changed
 
     def changed(self) -> bool:

@@ -277,7 +277,7 @@ def test_what_was_delivered_is_taken_out_whoever_brings_it_back(
         assert [line for _, line in said(caplog)] == [
             "a had been delivered and was brought back, by hand or by a store; taken out"
         ]
-    many = {f"t{number}": {} for number in range(500)}
+    many: dict[str, Any] = {f"t{number}": {} for number in range(500)}
     save(database.path, {"orders": many})
     told(database, lambda store: len(store.orders) == 500)
     database.delivered = dict.fromkeys(many, "x.png")
