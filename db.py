@@ -25,7 +25,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -116,9 +116,8 @@ def _stamp(when: datetime) -> str:
 
 # --- the text --------------------------------------------------------------------------------
 
-_line = json.JSONEncoder(
-    ensure_ascii=False
-).encode  # in C; with an indent it would be in Python, ten times slower
+# On one line the encoder is C; with an indent it is Python, and ten times as slow.
+_line = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Fields:
@@ -253,7 +252,7 @@ def _put(store: Store, task_id: str, fields: Fields) -> None:
         items.append({"taskID": task_id, **fields})
 
 
-def _take(store: Store, gone: Iterable[str]) -> None:
+def _take(store: Store, gone: Collection[str]) -> None:
     items = _items(store.data)
     for task_id in gone:
         del store.orders[task_id]
@@ -715,13 +714,13 @@ class Deliveries:
 class _Turn:
     """What changes with each look at the file or write to it. Times are monotonic seconds."""
 
-    look: float = 0.0  # when the next look is due,
-    write: float = 0.0  # and before when nothing is written
+    look: float = 0.0  # when the next look is due
+    write: float = 0.0  # until when nothing is written
     busy: float = math.inf  # since when the lock is another's
-    orders: set[str] = field(default_factory=set)  # what the file has,
-    failing: dict[str, Fields] = field(default_factory=dict)
-    over: bool = False  # and whether some of these orders are delivered
-    problems: dict[str, str] = field(default_factory=dict)  # with "database" and "list"
+    orders: set[str] = field(default_factory=set)  # in the file
+    over: bool = False  # some of them are delivered, and are to be taken out
+    failing: dict[str, Fields] = field(default_factory=dict)  # in the file
+    problems: dict[str, str] = field(default_factory=dict)  # with the "database", the "list", the "lock"
 
 
 class Database:
@@ -755,7 +754,7 @@ class Database:
         """Read the file and the list. Raises DatabaseError."""
         store = self.watch.wait(PATIENCE)
         self.deliveries.shorten(KEPT)
-        if not self.deliveries.file:
+        if not self.deliveries.file and not self.deliveries.said:
             log.info("%s is not there: no order counts as delivered before.", self.deliveries.path)
         self.failing = {key: dict(record) for key, record in store.failing.items() if key in store.orders}
         return self._shown(store, self._over(store))
