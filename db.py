@@ -481,7 +481,10 @@ def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> St
             return store
         try:
             written = _replace(watch.path, [_text(store.data)], store.version)
-        except RecursionError:
+        except (DatabaseError, RecursionError) as error:
+            watch.seen = ()  # what was read is not known to anybody yet
+            if isinstance(error, DatabaseError):
+                raise
             raise DatabaseError(f"{watch.path}: it is nested too deeply. {LEFT}") from None
         if written:
             watch.seen, watch.there, store.version = written, True, written
@@ -741,6 +744,11 @@ class Database:
         self._turn = _Turn()
 
     @property
+    def path(self) -> Path:
+        """`database.json` itself."""
+        return self.watch.path
+
+    @property
     def problem(self) -> str:
         """What is wrong with the file or the list just now."""
         return next(iter(self._turn.problems.values()), "")
@@ -833,7 +841,7 @@ class Database:
 
     def _write(self) -> Store:
         turn = self._turn
-        with lock(self.watch.path, "lock", 0.2):
+        with lock(self.path, "lock", 0.2):
             turn.busy = math.inf
             self._complain("lock", "")
             begun = time.monotonic()

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +44,42 @@ SHAPES: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes no sense counts as broken after 0.3 s already."""
+    monkeypatch.setattr(db, "SAVING", 0.3)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "database.json"
 
 
-def pretty(data: Any) -> str:
-    return json.dumps(data, indent=4, ensure_ascii=False) + "\n"
+def pretty(data: dict[str, Any]) -> str:
+    """The file as the project writes it: an order a line, all else as `json.dumps(…, indent=4)`."""
+    lines = dict[str, str]()
+
+    def line(item: Any) -> str:
+        lines[f'"line {len(lines)}."'] = json.dumps(item, ensure_ascii=False)
+        return f"line {len(lines) - 1}."
+
+    def entries(value: Any) -> Any:
+        if isinstance(value, list):
+            return [line(item) for item in value]
+        if value.get("dataType") == "Map":
+            return {**value, "value": entries(value["value"])}
+        return {key: line(item) for key, item in value.items()}
+
+    data = {key: entries(data[key]) if key in ("orders", "failing", "failed") else data[key] for key in data}
+    text = json.dumps(data, indent=4, ensure_ascii=False) + "\n"
+    for mark, item in lines.items():
+        text = text.replace(mark, item)
+    return text
 
 
 def save(path: Path, data: Any) -> None:
-    """A file that nobody is saving just now."""
     text = data if isinstance(data, (str, bytes)) else pretty(data)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    os.utime(path, (1, 1))
 
 
 def around(orders: Any) -> dict[str, Any]:
@@ -105,6 +132,81 @@ def test_a_failed_order_keeps_its_fields_and_comes_back_as_it_was(path: Path, sh
     assert data["orders"] == (make(C, A) if shape != "fields first" else [*make(C), {"taskID": A, **FIELDS}])
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_order_has_a_line_of_its_own(path: Path, shape: str) -> None:
+    save(
+        path, json.dumps({"users": [1], "orders": SHAPES[shape](A, B, C, "d"), "failing": {B: {"times": 1}}})
+    )
+    db.end_orders([A], {C: (500, "no\nsuch")}, path)
+    text = path.read_text()
+    assert text == pretty(json.loads(text))
+    assert "\n    " + '"users": [\n        1\n    ]' in text
+    for task_id, times in ((A, 0), (B, 2), (C, 1), ("d", 1)):
+        assert sum(f'"{task_id}"' in line for line in text.splitlines()) == times, text
+
+
+def test_an_order_that_ends_takes_its_refusals_along(path: Path) -> None:
+    refusal = {"status": 500, "error": "x", "since": "2026-01-01T00:00:00Z", "times": 2}
+    save(path, {"orders": [A, B, C], "failing": {A: refusal, "note": "mine", B: refusal}})
+    assert db.read(path).failing == {A: refusal, B: refusal}
+    db.remove_order(A, path)
+    assert json.loads(path.read_text())["failing"] == {"note": "mine", B: refusal}
+    save(path, {"orders": [A, B, C], "failing": {A: refusal, B: refusal}})
+    db.end_orders([A], {B: (500, "")}, path)
+    assert "failing" not in json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("orders", [{}, [], ["x"], [{"taskID": "x"}], {"dataType": "Map", "value": []}])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"taskID": "another", "order": "PO-4711"},
+        {"taskID": A, "order": {"lines": 3}, "added": "2026-01-02T03:04:05Z"},
+        {"order": {}},
+        {"order": None, "taskID": None},
+        {"added": "2026-01-02T03:04:05Z"},
+    ],
+)
+def test_a_record_that_a_person_typed_comes_back_under_its_id_with_all_its_fields(
+    path: Path, orders: Any, own: dict[str, Any]
+) -> None:
+    save(path, {"orders": orders, "failed": {A: {**own, "status": 500, "error": "x", "failed": "?"}}})
+    for _ in range(2):  # and again after it failed once more
+        assert db.retry_orders([A], path) == [A]
+        store = db.read(path)
+        assert store.orders.keys() - {"x"} == {A}
+        assert {"taskID": A, **store.orders[A]} == {"taskID": A, **own}
+        assert store.failed == {}
+        db.end_orders([], {A: (404, "no")}, path)
+
+
+def test_a_retry_adds_to_what_waits_already(path: Path) -> None:
+    save(path, {"orders": [{"taskID": A, "n": 1}], "failed": {A: {"n": 2, "projectID": "p", "status": 5}}})
+    assert db.retry_orders([A], path) == [A]
+    assert db.get_orders(path) == {A: {"n": 1, "projectID": "p"}}
+
+
+def test_a_retry_by_time_and_status(path: Path) -> None:
+    records = {
+        "early": {"status": 500, "failed": "2026-01-01T11:59:59Z"},
+        "late": {"status": 500, "failed": "2026-01-01T12:00:00Z"},
+        "gone": {"status": 404, "failed": "2026-01-01T14:00:00+01:00"},
+        "typed": {"status": 500, "failed": "yesterday"},
+        "bare": {},
+    }
+    noon = datetime(2026, 1, 1, 12, tzinfo=timezone.utc)
+    for since, status, moved in (
+        (noon, None, {"late", "gone"}),
+        (None, 500, {"early", "late", "typed"}),
+        (noon, 500, {"late"}),
+        (None, None, set(records)),
+    ):
+        save(path, {"orders": {}, "failed": records})
+        assert set(db.retry_orders(None, path, since, status)) == moved
+        assert set(db.get_orders(path)) == moved
+        assert db.read(path).failed.keys() == records.keys() - moved
+
+
 def test_fields_that_are_called_like_those_of_a_record_are_not_lost(path: Path) -> None:
     fields = {"projectID": "p", "status": "rush", "error": "none yet", "failed": 0, "order": [7]}
     save(path, {"orders": {A: fields}})
@@ -131,23 +233,16 @@ def test_add_order(path: Path) -> None:
 
 
 TEXT = r"""{
-    "price": 1.10,
-    "infinite": 1e999,
-    "precise": 0.1000000000000000055511151231257827,
+    "price": 1.1,
     "huge": 123456789012345678901234567890,
     "signs": [
         -0.0,
-        1E5,
-        1e-7
+        100000.0,
+        1e-07
     ],
     "orders": {
         "gone": {},
-        "t2": {
-            "name": "Grüße, 日本, 😀",
-            "half": "\ud83d",
-            "text": "a \"1.5\" \\ \u0000 / \t",
-            "": 1.0
-        }
+        "t2": {"name": "Grüße, 日本, 😀", "half": "\ud83d", "text": "a \"1.5\" \\ \u0000 / \t", "": 1.0}
     },
     "failed": {}
 }
@@ -162,13 +257,9 @@ def test_all_else_is_kept_to_the_letter(path: Path, bom: bytes) -> None:
     assert db.get_orders(path)[B]["half"] == "\ud83d"
 
 
-@pytest.mark.parametrize(
-    "content", [None, "", " \n", b"\xef\xbb\xbf"], ids=["missing", "empty", "blank", "bom"]
-)
-def test_a_missing_or_empty_file_becomes_an_empty_store(path: Path, content: Any) -> None:
-    if content is not None:
-        save(path, content)
+def test_a_missing_file_becomes_an_empty_store(path: Path) -> None:
     assert db.get_orders(path) == {}
+    assert not path.exists()
     db.add_order(A, path=path)
     added = json.loads(path.read_text())["orders"][A]["added"]
     assert path.read_text() == pretty({"orders": {A: {"added": added}}, "failed": {}})
@@ -177,6 +268,9 @@ def test_a_missing_or_empty_file_becomes_an_empty_store(path: Path, content: Any
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        ("", "it is empty. Put back what was in it, or remove it."),
+        (" \r\n\t\n", "it is empty"),
+        (b"\xef\xbb\xbf", "it is empty"),
         ('{\n    "orders": {\n        "a" {}\n    }\n}', "line 3, column 13"),
         ('{"orders": {}} x', "line 1, column 16"),
         ('{"orders": ', "line 1, column 12"),
@@ -190,7 +284,10 @@ def test_a_missing_or_empty_file_becomes_an_empty_store(path: Path, content: Any
         ('{"orders": {}, "failed": []}', '"failed"'),
         ('{"orders": {"a": {}, "twice": {}, "twice": {}}}', '"twice"'),
         ('{"orders": {}, "x": {"deep": [{"k": 1, "k": 1}]}}', '"k"'),
+        ('{"orders": {}, "failing": 1}', '"failing"'),
         ('{"orders": {}, "x": NaN}', "NaN"),
+        ('{"orders": {}, "x": [1e999]}', "1e999 is too large"),
+        ('{"orders": {}, "x": -1.5e999}', "-1.5e999 is too large"),
         ('{"orders": {}, "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested"),
     ],
 )  # fmt: skip
@@ -226,9 +323,24 @@ def test_an_entry_that_is_no_task_id_stays_and_is_no_order(path: Path, shape: st
 
 
 def test_items_of_a_list_that_are_no_order_at_all_stay(path: Path) -> None:
-    items = [None, 5, 1.50, {}, {"taskID": ["x"]}, [], [A, {}, 1], {"id": A}, [["x"], {}], True]
+    items = [
+        None,
+        5,
+        1.5,
+        {},
+        {"taskID": ["x"]},
+        [],
+        [A, {}, 1],
+        {"id": A},
+        [["x"], {}],
+        True,
+        [A, B],
+        [A, None],
+    ]
     save(path, {"orders": [*items, A]})
-    assert list(db.get_orders(path)) == [A]
+    store = db.read(path)
+    assert list(store.orders) == [A]
+    assert list(map(json.loads, store.strange)) == items
     db.remove_order(A, path)
     assert json.loads(path.read_text())["orders"] == items
 
@@ -238,6 +350,22 @@ def test_nothing_but_a_task_id_is_added(path: Path, task_id: str) -> None:
     with pytest.raises(ValueError, match="task id"):
         db.add_order(task_id, path=path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("project", [float("nan"), 7, b"p", ["p"], False, 0])
+def test_a_project_that_is_no_string_is_refused_by_name(path: Path, project: Any) -> None:
+    """pandas reads an empty cell as NaN."""
+    with pytest.raises(ValueError, match=re.escape(repr(project))):
+        db.add_order(A, project, path)
+    with pytest.raises(ValueError, match=re.escape(repr(project))):
+        db.add_order(project, path=path)
+    assert not path.exists()
+
+
+def test_a_project_of_half_a_character_is_kept(path: Path) -> None:
+    assert db.add_order(A, "\ud83d", path)
+    assert db.get_orders(path)[A]["projectID"] == "\ud83d"
+    path.read_text("utf-8")
 
 
 def test_only_what_changes_is_written(path: Path) -> None:
@@ -347,7 +475,7 @@ def test_what_an_editor_saves_meanwhile_is_kept(path: Path, monkeypatch: pytest.
     assert json.loads(path.read_text()).items() >= {"orders": ["typed"], "mine": 1}.items()
 
 
-@pytest.mark.parametrize("half", [b"", b'{"orders": ["typed", '])
+@pytest.mark.parametrize("half", [b"", b'{"orders": '])
 def test_a_file_that_an_editor_is_just_saving_is_waited_for(path: Path, half: bytes) -> None:
     whole = b'{"orders": ["typed", "t2"]}'
     with path.open("wb", buffering=0) as file:
@@ -356,17 +484,157 @@ def test_a_file_that_an_editor_is_just_saving_is_waited_for(path: Path, half: by
             db.read(path, patience=0)
         change = threading.Thread(target=db.remove_order, args=(B, path))
         change.start()
-        time.sleep(0.3)
-        file.write(whole[len(half) :])
+        for piece in range(len(half), len(whole)):  # slower in all than SAVING, but never still for that long
+            time.sleep(0.05)
+            file.write(whole[piece : piece + 1])
     change.join()
     assert list(db.get_orders(path)) == ["typed"]
 
 
+@pytest.mark.parametrize("ahead", [3600, 3, -3600])
+@pytest.mark.parametrize("half", [b"", b'{"orders": '])
+def test_a_half_saved_file_is_known_with_any_clock(path: Path, half: bytes, ahead: int) -> None:
+    save(path, half)
+    os.utime(path, (time.time() + ahead,) * 2)
+    with pytest.raises(db.HalfSaved):
+        db.read(path, patience=0)
+    with pytest.raises(db.HalfSaved):
+        db.end_orders([A], {}, path, patience=0)
+    begun = time.monotonic()
+    with pytest.raises(db.DatabaseError) as raised:
+        db.read(path)
+    assert not isinstance(raised.value, db.HalfSaved)
+    assert db.SAVING <= time.monotonic() - begun < db.SAVING + 0.5
+
+
+def test_a_broken_file_is_parsed_again_only_when_it_changed(path: Path) -> None:
+    save(path, '{"orders": [' + '"x", ' * 500_000 + "]}")
+    watch = db.Watch(path)
+    with pytest.raises(db.HalfSaved):
+        watch.read()
+    begun = time.process_time()
+    for _ in range(100):
+        assert watch.changed()
+        with pytest.raises(db.DatabaseError):
+            watch.read()
+    assert time.process_time() - begun < 0.1  # a single time takes 0.03 s
+    save(path, {"orders": [A]})
+    assert list(watch.read().orders) == [A]
+    assert not watch.changed()
+
+
+def test_a_child_that_was_forked_meanwhile_does_not_keep_the_lock(path: Path) -> None:
+    end, hold = os.pipe()
+    with db.lock(path, "lock", 0):
+        child = os.fork()
+        if not child:
+            os.close(hold)
+            os.read(end, 1)
+            os._exit(0)
+    try:
+        with db.lock(path, "lock", 0):
+            pass
+    finally:
+        os.close(hold)
+        os.waitpid(child, 0)
+
+
+@pytest.fixture
+def team() -> Iterator[Path]:
+    """A folder that two users, 4001 and 4002, share by their group 4000."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to be several users: folders of groups are NOT tested")
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    shared = folder / "shared"
+    shared.mkdir()
+    os.chown(shared, 4001, 4000)
+    shared.chmod(0o2770)
+    yield shared
+    shutil.rmtree(folder)
+
+
+def as_user(user: int, work: Callable[[], object]) -> None:
+    """Let `work` be done by a process of that user."""
+    end, said = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.setgroups([4000] if user else [])
+            os.setgid(user)
+            os.setuid(user)
+            os.umask(0o022)
+            work()
+        except BaseException:  # noqa: BLE001 - it is the parent's to see
+            os.write(said, traceback.format_exc().encode())
+        os._exit(0)
+    os.close(said)
+    with os.fdopen(end) as file:
+        problem = file.read()
+    os.waitpid(child, 0)
+    assert not problem, problem
+
+
+def all_there_is(path: Path, task_id: str) -> None:
+    """Be the only poller, add an order, deliver it, have it again."""
+    with db.lock(path, "pid", 0):
+        assert db.add_order(task_id, path=path)
+        database = db.Database(path)
+        database.start()
+        database.delivered[task_id] = f"{task_id}.png"
+        assert database.flush()
+        assert db.retry_orders([task_id], path) == [task_id]
+
+
+@pytest.mark.parametrize("setgid", [0o2770, 0o770])
+@pytest.mark.parametrize("first", [4001, 4002, 0])
+def test_users_of_a_group_work_side_by_side_whoever_began(team: Path, first: int, setgid: int) -> None:
+    team.chmod(setgid)
+    path = team / "database.json"
+    users = [first, *({4001, 4002, 0} - {first})]
+    for turn, user in enumerate([*users, *users]):
+        as_user(user, partial(all_there_is, path, f"order-{turn}"))
+    assert set(db.get_orders(path)) == {f"order-{turn}" for turn in range(6)}
+    for file in team.iterdir():
+        assert (file.stat().st_gid, stat.S_IMODE(file.stat().st_mode) & 0o660) == (4000, 0o660), file
+    assert {file.name for file in team.iterdir()} == {
+        "database.json", ".database.json.lock", ".database.json.pid", ".database.json.delivered",
+    }  # fmt: skip
+
+
+def test_a_folder_of_one_user_stays_that_users(team: Path) -> None:
+    team.chmod(0o700)
+    path = team / "database.json"
+    as_user(0, partial(all_there_is, path, "root"))
+    assert {(file.stat().st_uid, stat.S_IMODE(file.stat().st_mode)) for file in team.iterdir()} == {
+        (4001, 0o600)
+    }
+    path.chmod(0o640)
+    as_user(4001, partial(all_there_is, path, "user"))
+    as_user(0, partial(all_there_is, path, "root-2"))
+    assert (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) == (4001, 0o640)
+
+
+def test_root_gives_away_only_what_it_made(team: Path) -> None:
+    """A hard link to a file of root's, planted by the folder's owner where the lock will be."""
+    victim = team.parent / "victim"
+    victim.write_text("")
+    victim.chmod(0o600)
+    os.link(victim, team / ".database.json.lock")
+    as_user(0, partial(db.add_order, "a", path=team / "database.json"))
+    assert (victim.stat().st_uid, stat.S_IMODE(victim.stat().st_mode)) == (0, 0o600)
+
+
 def test_a_lock_is_had_by_one_at_a_time_and_names_its_holder(path: Path) -> None:
     save(path, {"orders": [A]})
+    name = Path("/proc/self/comm").read_text().strip() if sys.platform == "linux" else ""
+    for lock, said in (("pid", "a poller with .* runs already"), ("lock", "is being written by")):
+        with db.lock(path, lock, 0), pytest.raises(db.Busy) as raised, db.lock(path, lock, 0.1):
+            pass
+        assert re.search(rf"{said}.* process {os.getpid()} \({re.escape(name)}\)", str(raised.value))
+        assert str(path) in str(raised.value)
+        assert not re.search(r"\b(end it|kill)\b", str(raised.value))
     with db.lock(path, "pid", 0):
-        with pytest.raises(db.DatabaseError, match=rf"\b{os.getpid()}\b"):
-            db.lock(path, "pid", 0).__enter__()
         db.add_order(B, path=path)  # another lock
     with db.lock(path, "pid", 0):
         pass
@@ -383,7 +651,7 @@ def test_the_commands_of_db_py(home: Home) -> None:
 
     assert ended("add", A, "--project", "my-project")[0] == 0
     assert ended("add", B)[0] == 0
-    assert ended("add", B) == (0, f"{B} waited already\n")
+    assert ended("add", B) == (0, f"{B} waited already, in {home.database}\n")
     code, said = ended("add", "../x")
     assert (code, "no task id" in said) == (1, True)
     assert {task: fields.get("projectID") for task, fields in home.waiting().items()} == {
@@ -417,6 +685,63 @@ def test_the_commands_of_db_py(home: Home) -> None:
     assert ended("retry", "--all")[0] == 0
     assert ended("retry", "--all")[0] == 0  # nothing to do is no error
     assert (set(home.waiting()), home.failed()) == ({A, B, C, "not an id"}, {})
+
+
+def test_db_py_tells_of_refused_and_delivered_orders(home: Home) -> None:
+    refusal = {"status": 500, "error": "Invalid\nvalue", "since": "2026-01-01T00:00:00Z", "times": 2}
+    home.write({"orders": {A: {"projectID": "p"}, B: {}, C: {}}, "failing": {A: refusal, "x": 1}})
+    deliveries = db.Deliveries(home.database)
+    said = home.db("list").stdout
+    assert said.splitlines()[0] == str(home.database)
+    assert said.splitlines()[-1] == "0 delivered in the last 24 hours, the last: none yet"
+    deliveries.add({"other": "other.pdf", C: f"{C}.png"})
+    said = home.db("list").stdout
+    rows = [re.split(r"  +", line) for line in said.splitlines()]
+    assert [row[0] for row in rows if re.match(r"\d+ ", row[0])][:3] == ["1 waiting", "1 failing", "0 failed"]
+    assert [A, "p", "2026-01-01T00:00:00Z", "500", "Invalid value"] in rows
+    assert [B] in rows
+    assert [C] not in rows
+    last = rf"2 delivered in the last 24 hours, the last: {UTC} {re.escape(C)} {re.escape(C)}\.png"
+    assert re.fullmatch(last, said.splitlines()[-1])
+
+    added = home.db("add", "other")
+    assert added.returncode == 1
+    assert re.search(rf"other was delivered at {UTC}, as other\.pdf\..* retry other\n", added.stderr)
+    assert not db.add_order("other", path=home.database)
+    assert "other" not in home.waiting()
+    again = home.db("retry", "other")
+    assert (again.returncode, again.stdout) == (0, "1 order will be asked about again\n")
+    assert "other" in home.waiting()
+    assert home.db("add", "other").returncode == 0  # it waits already
+    assert home.db("retry", "never seen").returncode == 1
+
+
+def test_db_py_retries_by_time_and_status(home: Home) -> None:
+    records = {
+        "a": (500, "2026-01-01T11:00:00Z"),
+        "b": (500, "2026-01-01T12:00:00Z"),
+        "c": (404, "2026-01-01T13:00:00Z"),
+    }
+    home.write(
+        {
+            "orders": {},
+            "failed": {key: {"status": how, "failed": when} for key, (how, when) in records.items()},
+        }
+    )
+    for wrong in (
+        ["x", "--since", "2026-01-01"],
+        ["--all", "--status", "500"],
+        ["--since", "noon"],
+        ["--status", "x"],
+    ):
+        assert home.db("retry", *wrong).returncode == 2
+    done = home.db("retry", "--since", "2026-01-01 12:00", "--status", "500")
+    assert (done.returncode, done.stdout) == (0, "1 order will be asked about again\n")
+    assert set(home.waiting()) == {"b"}
+    assert home.db("retry", "--since", "2026-01-01T12:00:00Z").stdout.startswith("1 ")
+    assert home.db("retry", "--status", "404").stdout.startswith("0 ")
+    assert home.db("retry", "--status", "500").stdout.startswith("1 ")
+    assert set(home.waiting()) == {"a", "b", "c"}
 
 
 def test_db_py_says_what_is_wrong_with_the_file(home: Home) -> None:
