@@ -879,9 +879,8 @@ def test_several_pollers(service: Service) -> None:
     state = "/var/lib/grafx-poller@two"
     machine.paste(SEVERAL)
     try:
-        machine.paste(
-            LIST.replace("sudo", f"sudo DATABASE={state}/database.json").replace("list", f"add {task_id}")
-        )
+        (command,) = re.findall("`(sudo DATABASE=.*? )list`", SECTION)
+        machine.paste(f"{command}add {task_id}")
         file = machine.path(f"{state}/orders/{task_id}.png")
         eventually(file.exists, "the second poller's file")
         assert file.read_bytes() == service.grafx.body(task_id)
