@@ -252,7 +252,7 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
 
     def enqueue(self, record: logging.LogRecord) -> None:
         try:
-            self.queue.put_nowait(record)
+            self.queue.put(record, timeout=0.0 if self.dropped else 0.2)  # mostly it is only slow
         except queue.Full:
             self.dropped += not hasattr(record, "live")
 
@@ -555,7 +555,7 @@ class HandOff:
             last = self.listen(order, process)
         except subprocess.TimeoutExpired:
             last = f"took longer than {self.timeout:g} s"
-            self.signal(process, signal.SIGKILL)
+            self.end(process, signal.SIGKILL)
         finally:
             code = process.wait()
             self.running.discard(process)
@@ -602,7 +602,7 @@ class HandOff:
             now = time.monotonic()
             if not ended and process.poll() is not None:
                 ended, until = True, now + 1.0
-            if now >= until:
+            if now >= until or (ended and self.stopping):
                 break
             if not select.select([output], [], [], min(0.1, until - now))[0]:
                 continue
@@ -624,11 +624,11 @@ class HandOff:
         """Signal all that run, and all that they started."""
         self.stopping = True
         for process in tuple(self.running):
-            if process.poll() is None:
-                self.signal(process, how)
+            self.end(process, how)
 
-    def signal(self, process: subprocess.Popen[bytes], how: int) -> None:
-        self.signalled.add(process)
+    def end(self, process: subprocess.Popen[bytes], how: int) -> None:
+        if process.poll() is None:  # else it ended by itself, and only what it left running is meant
+            self.signalled.add(process)
         kill(process, how)
 
 
