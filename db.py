@@ -36,9 +36,7 @@ from dotenv import dotenv_values
 HERE = Path(__file__).resolve().parent
 TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 LOOK = 1.0  # seconds between two looks at whether database.json changed
-SAVING = (
-    2.0  # seconds: what makes no sense or is missing may be half saved, until it has been so for that long
-)
+SAVING = 2.0  # seconds: what has made no sense, or been missing, for less may be half saved by an editor
 PATIENCE = 10.0  # seconds to wait for another writer, or for an editor that saves
 SHARE = 20  # the poller spends at most the twentieth part of its time on writing
 KEPT = 100_000  # deliveries that are remembered at least
