@@ -509,16 +509,13 @@ def test_programs_that_add_all_the_while_are_heard_and_do_not_keep_the_poller_ou
 ) -> None:
     code = "[db.add_order(f'{sys.argv[2]}-{n}', path=pathlib.Path(sys.argv[1])) for n in range(150)]"
     others = [process(code, database.path, name) for name in ("x", "y", "z")]
-    delivered, known = set[str](), {"a", "b", "c"}
-    while any(other.poll() is None for other in others) or known:
+    delivered, known, ended = set[str](), {"a", "b", "c"}, False
+    while known or not ended:
         database.delivered.update(dict.fromkeys(known, "x.png"))
         delivered |= known
-        store = database.sync(True)
+        ended = all(other.poll() is not None for other in others)  # then the last is heard soon
+        store = turns(database, 0.5 if ended else 0.01)
         known = set(store.orders) - delivered if store else set()
-        if not known and all(other.poll() is not None for other in others):
-            store = turns(database, 0.5)
-            known = set(store.orders) - delivered if store else set()
-        time.sleep(0.01)
     assert [other.wait() for other in others] == [0, 0, 0]
     assert delivered == {"a", "b", "c"} | {f"{name}-{n}" for name in "xyz" for n in range(150)}
     eventually(lambda: database.sync(True) or content(database)["orders"] == {})
