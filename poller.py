@@ -711,7 +711,7 @@ class Poller:
         gone = [self.waiting.pop(task_id) for task_id in self.waiting.keys() - store.orders.keys()]
         for order in gone:
             self.troubles.over(order, quiet=True)
-        self.telling.failed = len(store.failed)
+        self.telling.strange_ones(store.strange)
         if self.ready:
             self.telling.came_and_went([self.waiting[task_id] for task_id in new], gone)
 
@@ -862,6 +862,7 @@ class Poller:
     def later(self, order: Order, error: chili.AskAgainLater) -> None:
         """The order could not be asked about, or not be delivered, through no fault of its own."""
         if self.stopping or order.gone:
+            self.again(order, 0.0)
             return
         self.not_refused(order)
         self.exit_code = self.exit_code or int(self.once)
@@ -935,7 +936,7 @@ class Telling:
         self.screen, self.lock = screen, lock
         self.states: Counter[str] = Counter()  # of the orders that wait
         self.results: Counter[str] = Counter()  # of all questions
-        self.failed = 0  # under "failed" in the file
+        self.strange: set[str] = set()  # entries of the file that were warned about
         self.last = self.note = ""  # the last delivery
         self.told = 0.0
         self.stale = True  # whether `states` are of before
@@ -957,10 +958,17 @@ class Telling:
             for order in orders:
                 log.info("%s %s, project %s", order.task_id, what, order.project or "not given")
 
+    def strange_ones(self, entries: list[str]) -> None:
+        """Of the file: each is told once."""
+        for entry in entries:
+            if entry not in self.strange:
+                log.warning("no task id, left alone in the database: %s", entry)
+        self.strange = set(entries)
+
     def tell(self, poller: Poller) -> None:
         """Once a second, in a terminal five times while something is under way."""
         now = time.monotonic()
-        if not poller.ready or now < self.told + (0.2 if self.screen.terminal and poller.asking else 0.99):
+        if not poller.ready or now < self.told + (0.2 if self.screen.terminal and poller.asking else db.LOOK):
             return
         ready, self.told = "" if self.told else "READY=1\n", now
         poller.troubles.tell()
