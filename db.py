@@ -20,13 +20,12 @@ import fcntl
 import json
 import logging
 import math
-import mmap
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -117,9 +116,8 @@ def _stamp(when: datetime) -> str:
 
 # --- the text --------------------------------------------------------------------------------
 
-_line = json.JSONEncoder(
-    ensure_ascii=False
-).encode  # in C; with an indent it would be in Python, ten times slower
+# On one line the encoder is C; with an indent it is Python, and ten times as slow.
+_line = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Fields:
@@ -254,7 +252,7 @@ def _put(store: Store, task_id: str, fields: Fields) -> None:
         items.append({"taskID": task_id, **fields})
 
 
-def _take(store: Store, gone: Iterable[str]) -> None:
+def _take(store: Store, gone: Collection[str]) -> None:
     items = _items(store.data)
     for task_id in gone:
         del store.orders[task_id]
@@ -300,7 +298,7 @@ def _set_failing(store: Store, records: dict[str, Fields]) -> bool:
     if store.failing == records:
         return False
     rest = {key: value for key, value in store.data.get("failing", {}).items() if not isinstance(value, dict)}
-    store.data["failing"] = rest | records
+    store.data["failing"] = rest | {key: dict(record) for key, record in records.items()}
     if not store.data["failing"]:
         del store.data["failing"]
     return True
@@ -332,7 +330,8 @@ class Watch:
         self.path = path
         self.seen: Version = ()  # as it was at the last look
         self.since = 0.0  # when it was seen like that for the first time
-        self.there = False  # a file, not only its folder
+        # Whether a file was there; where there is a lock, somebody wrote one.
+        self.there = _beside(path, "lock").exists()
         self.problem = ""  # with what was seen: a broken file is parsed again only when it changed
 
     def changed(self) -> bool:
@@ -598,39 +597,42 @@ class Deliveries:
     def refresh(self) -> None:
         """Read what was appended since; where that cannot be done, say so once and go on without."""
         try:
-            stat = self.path.stat()
-            if (stat.st_dev, stat.st_ino) != self.file or stat.st_size < self.end:
-                self._forget()
-            if stat.st_size > self.end:
-                self._read_on()
-        except FileNotFoundError:
-            if self.file:
-                self._say(f"{self.path} was taken away: what was delivered before counts as never delivered.")
-            self._forget()
+            self._read_on()
         except OSError as error:
             self._say(f"cannot read {self.path}: {error.strerror}. Nothing counts as delivered. {MEND}")
 
     def _read_on(self) -> None:
-        rubbish = 0
-        with self.path.open("rb") as file:
-            stat = os.fstat(file.fileno())
-            if (stat.st_dev, stat.st_ino) != self.file:
+        try:
+            stat, rubbish = self.path.stat(), 0
+            if (stat.st_dev, stat.st_ino) != self.file or stat.st_size < self.end:
                 self._forget()
-                self.file = stat.st_dev, stat.st_ino
-            file.seek(self.end)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self.lines, self.end = self.lines + 1, self.end + len(line)
-                match = self.LINE.fullmatch(line)
-                if match is None:
-                    rubbish += line != b"\n"
-                elif match[3] == b"-":
-                    self.ids.discard(match[2].decode())
-                else:
-                    self.ids.add(match[2].decode())
+            if stat.st_size == self.end:
+                return
+            with self.path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                if (stat.st_dev, stat.st_ino) != self.file:
+                    self._forget()
+                    self.file = stat.st_dev, stat.st_ino
+                file.seek(self.end)
+                for line in file:
+                    if line.endswith(b"\n"):
+                        self.lines, self.end = self.lines + 1, self.end + len(line)
+                        rubbish += not self._know(line)
+        except FileNotFoundError:
+            if self.file:
+                self._say(f"{self.path} was taken away: what was delivered before counts as never delivered.")
+            self._forget()
+            return
         if rubbish:
             self._say(f"{self.path}: lines that speak of no delivery are passed over.")
+
+    def _know(self, line: bytes) -> bool:
+        match = self.LINE.fullmatch(line)
+        if match and match[3] == b"-":
+            self.ids.discard(match[2].decode())
+        elif match:
+            self.ids.add(match[2].decode())
+        return bool(match or line == b"\n")
 
     def _forget(self) -> None:
         self.ids.clear()
@@ -658,9 +660,9 @@ class Deliveries:
                 os.fsync(file.fileno())
             if not size:
                 sync_folder(self.path.parent)
+            self._read_on()
         except OSError as error:
             raise DatabaseError(f"cannot write {self.path}: {error.strerror}. {MEND}") from None
-        self.refresh()
 
     def shorten(self, most: int) -> None:
         """Leave the newest KEPT lines where there are more than `most`. Says where that is not possible."""
@@ -682,21 +684,16 @@ class Deliveries:
         self.refresh()
 
     def last(self, task_id: str) -> tuple[str, str] | None:
-        """When an order was delivered (UTC) and as which file, without reading all of the list."""
-        word = f" {task_id} ".encode()
-        try:
-            with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                at = text.rfind(b"\n") + 1
-                while (at := text.rfind(word, 0, at)) >= 0:
-                    match = self.LINE.match(text, text.rfind(b"\n", 0, at) + 1)
-                    if match and match[2] == word.strip():
-                        return (
-                            None
-                            if match[3] == b"-"
-                            else (match[1].decode(), match[3].decode("utf-8", "replace"))
-                        )
-        except (OSError, ValueError):  # ValueError: an empty file
-            pass
+        """When an order was delivered (UTC) and as which file, without making sense of all of the list."""
+        text, word = b"", f" {task_id} ".encode()
+        with contextlib.suppress(OSError):
+            text = self.path.read_bytes()
+        at = text.rfind(b"\n") + 1
+        while (at := text.rfind(word, 0, at)) >= 0:
+            match = self.LINE.match(text, text.rfind(b"\n", 0, at) + 1)
+            if match and match[2] == word.strip():
+                name = match[3].decode("utf-8", "replace")
+                return None if name == "-" else (match[1].decode(), name)
         return None
 
     def since(self, when: datetime) -> tuple[int, str]:
@@ -717,13 +714,13 @@ class Deliveries:
 class _Turn:
     """What changes with each look at the file or write to it. Times are monotonic seconds."""
 
-    look: float = 0.0  # when the next look is due,
-    write: float = 0.0  # and before when nothing is written
+    look: float = 0.0  # when the next look is due
+    write: float = 0.0  # until when nothing is written
     busy: float = math.inf  # since when the lock is another's
-    orders: set[str] = field(default_factory=set)  # what the file has,
-    failing: dict[str, Fields] = field(default_factory=dict)
-    over: bool = False  # and whether some of these orders are delivered
-    problems: dict[str, str] = field(default_factory=dict)  # with "database" and "list"
+    orders: set[str] = field(default_factory=set)  # in the file
+    over: bool = False  # some of them are delivered, and are to be taken out
+    failing: dict[str, Fields] = field(default_factory=dict)  # in the file
+    problems: dict[str, str] = field(default_factory=dict)  # with the "database", the "list", the "lock"
 
 
 class Database:
@@ -736,7 +733,7 @@ class Database:
 
     def __init__(self, path: Path, once: bool = False) -> None:
         self.watch = Watch(path)
-        self.once = once  # then the file is read at the start only, and "times" is always written
+        self.once = once  # then the file is read at the start only
         self.deliveries = Deliveries(path)
         self.failing: dict[str, Fields] = {}
         self.delivered: dict[str, str] = {}  # these two only until they are written
@@ -757,7 +754,7 @@ class Database:
         """Read the file and the list. Raises DatabaseError."""
         store = self.watch.wait(PATIENCE)
         self.deliveries.shorten(KEPT)
-        if not self.deliveries.file:
+        if not self.deliveries.file and not self.deliveries.said:
             log.info("%s is not there: no order counts as delivered before.", self.deliveries.path)
         self.failing = {key: dict(record) for key, record in store.failing.items() if key in store.orders}
         return self._shown(store, self._over(store))
@@ -807,18 +804,10 @@ class Database:
     def _unwritten(self) -> bool:
         """Whether the file does not say yet what came of the orders."""
         turn = self._turn
-        return turn.over or bool(self.failed) or not self._same(self._refused(turn.orders), turn.failing)
+        return turn.over or bool(self.failed) or self._refused(turn.orders) != turn.failing
 
     def _refused(self, orders: Container[str]) -> dict[str, Fields]:
-        return {task_id: dict(record) for task_id, record in self.failing.items() if task_id in orders}
-
-    def _same(self, one: dict[str, Fields], other: dict[str, Fields]) -> bool:
-        """But for the number of refusals, which is not worth a write for each."""
-        if self.once or one.keys() != other.keys():
-            return one == other
-        return all(
-            {**record, "times": 0} == {**other[task_id], "times": 0} for task_id, record in one.items()
-        )
+        return {task_id: record for task_id, record in self.failing.items() if task_id in orders}
 
     def _tried(self, step: Callable[[], Store | None]) -> Store | None:
         turn = self._turn
@@ -859,8 +848,7 @@ class Database:
         for task_id in over | self.failed.keys():
             self.failing.pop(task_id, None)
         changed = _end(store, over, self.failed)
-        refused = self._refused(store.orders)
-        return (not self._same(refused, store.failing) and _set_failing(store, refused)) or changed
+        return _set_failing(store, self._refused(store.orders)) or changed
 
     def _read(self) -> Store | None:
         if not self.watch.changed():

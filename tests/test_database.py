@@ -214,10 +214,7 @@ def test_what_is_refused_stands_under_failing_as_long_as_it_waits(database: db.D
     database.sync(True)
     assert content(database)["failing"] == {"a": REFUSED, "b": REFUSED}
     assert list(content(database)["orders"]) == ["a", "b", "c"]
-    database.failing["a"]["times"] = 2
-    time.sleep(0.1)
-    assert turns(database, 0.3) is None  # not worth a write
-    database.failing["a"]["error"] = "Another"
+    database.failing["a"] |= {"error": "Another", "times": 2}
     told(database, lambda store: store.failing["a"]["error"] == "Another")
     assert content(database)["failing"]["a"] == {**REFUSED, "error": "Another", "times": 2}
     # It ends as it may: by a delivery, as failed, by hand, or since GraFx thought better of it.
@@ -255,9 +252,6 @@ def test_refusals_count_on_after_a_restart(path: Path, once: bool) -> None:
     database.failing["a"]["times"] += 1
     assert database.flush()
     assert content(database)["failing"] == {"b": "typed", "a": {**REFUSED, "times": 2}}
-    database.failing["a"]["times"] += 1
-    assert database.flush()
-    assert content(database)["failing"]["a"]["times"] == (3 if once else 2)
 
 
 # --- orders that somebody brings back --------------------------------------------------------
@@ -277,7 +271,7 @@ def test_what_was_delivered_is_taken_out_whoever_brings_it_back(
         assert [line for _, line in said(caplog)] == [
             "a had been delivered and was brought back, by hand or by a store; taken out"
         ]
-    many = {f"t{number}": {} for number in range(500)}
+    many: dict[str, Any] = {f"t{number}": {} for number in range(500)}
     save(database.path, {"orders": many})
     told(database, lambda store: len(store.orders) == 500)
     database.delivered = dict.fromkeys(many, "x.png")

@@ -491,6 +491,21 @@ def test_a_file_that_an_editor_is_just_saving_is_waited_for(path: Path, half: by
     assert list(db.get_orders(path)) == ["typed"]
 
 
+def test_a_file_that_an_editor_has_renamed_away_is_no_empty_store(path: Path) -> None:
+    db.add_order(A, path=path)
+    aside = path.with_name("database.json~")
+    path.rename(aside)
+    change = threading.Thread(target=db.add_order, args=(B, None, path))
+    change.start()
+    time.sleep(db.SAVING / 2)
+    assert not path.exists()
+    aside.rename(path)
+    change.join()
+    assert list(db.get_orders(path)) == [A, B]
+    path.unlink()  # for good
+    assert db.get_orders(path) == {}
+
+
 @pytest.mark.parametrize("ahead", [3600, 3, -3600])
 @pytest.mark.parametrize("half", [b"", b'{"orders": '])
 def test_a_half_saved_file_is_known_with_any_clock(path: Path, half: bytes, ahead: int) -> None:
