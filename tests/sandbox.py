@@ -604,7 +604,7 @@ class Sandbox:
         close-end              no length; the end of the connection is the end of the body (no fault)
         gzip, gzip-cut         Content-Encoding: gzip (no fault) / half of that stream, with its right length
         gzip-members, -far     the same in two members / the second begins behind 64 KiB (no faults)
-        gzip-padded            the same with 1,000 zeros behind it, as tapes have it (no fault)
+        gzip-padded            the same with 70,000 zeros behind it, as tapes have it (no fault)
         coding                 Content-Encoding: value= (br); deflate really is, others only say so
         wrong-type, octet      the right body as type= (image/jpeg) / it or body= as application/octet-stream
         redirect-loop          to itself, for ever; code= (302)
@@ -1018,7 +1018,7 @@ def gzipped(right: Answer, how: str) -> bytes:
         return gzip.compress(whole[:half]) + gzip.compress(whole[half:])
     packed = gzip.compress(whole, compresslevel=1)
     if how == "gzip-padded":
-        return packed + bytes(1000)
+        return packed + bytes(FAR)
     return packed[: len(packed) // 2] if how == "gzip-cut" else packed
 
 
