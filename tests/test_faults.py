@@ -184,11 +184,7 @@ class Row:
         """Two orders, and the fault for one of them; `name` is whose token it is."""
         size = 200_000 if self.fault.startswith("gzip-") else None
         self.order, self.beside = grafx.add(size=size), grafx.add()
-        options = dict(self.options)
-        if options.get("retry_after") == "date":
-            options["retry_after"] = formatdate(time.time() + 2, usegmt=True)
-        if options.get("task") == "OTHER":
-            options["task"] = grafx.add()
+        options = now(grafx, self.options)
         if self.fault == "huge" and self.place == "download":
             options["size"] = 2 << 20  # a file may be as large as it wants
         task_id = name if self.place == "token" else self.order
@@ -203,6 +199,16 @@ class Row:
             self.requests = [r for r in requests if r.what == "token" and r.task_id == name]
         else:
             self.requests = [request for request in requests if request.task_id == self.order]
+
+
+def now(grafx: Sandbox, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a fault that is set now."""
+    options = dict(options)
+    if options.get("retry_after") == "date":
+        options["retry_after"] = formatdate(time.time() + 2, usegmt=True)
+    if options.get("task") == "OTHER":
+        options["task"] = grafx.add()
+    return options
 
 
 def outcome(home: Home, task_id: str) -> str:
