@@ -46,6 +46,7 @@ def no_file(says: str, looks: str = "something else") -> str:
 
 NO_IMAGE = no_file("application/json")
 NO_OCTETS = failed(200, "the file .*")
+NOT_THIS_ONE = failed(401, "GraFx takes the token for other tasks, but not for this one")
 FINAL = "failed: 410 no longer available: GraFx keeps a file for 4 hours"
 RED, CLEANED = "image/\x1b[31mpng", r"the file says image/ ?\[31mpng but is png"
 PLAIN = {"body": PAGE, "content_type": "text/html"}
@@ -64,8 +65,8 @@ FAULTS: list[tuple[str, str, dict[str, Any], str, str, str]] = [
     ("head trickles", "trickle", {"pace": 0.1}, WAITS, WAITS, WAITS),
     ("body trickles", "trickle-body", {"pace": 0.1}, WAITS, WAITS, WAITS),
     ("400", "status-400", {}, failed(400), failed(400, "the download: .*"), WAITS),
-    ("401", "status-401", {}, WAITS, WAITS, WAITS),
-    ("401 in the token's words", "status-401", JSON_REFUSAL, WAITS, WAITS, WAITS),
+    ("401", "status-401", {}, NOT_THIS_ONE, NOT_THIS_ONE, WAITS),
+    ("401 in the token's words", "status-401", JSON_REFUSAL, NOT_THIS_ONE, NOT_THIS_ONE, WAITS),
     ("403", "status-403", {}, failed(403), failed(403, "the download: .*"), WAITS),
     ("403 in HTML", "status-403", PLAIN, failed(403, ".*403 .*"), failed(403, ".*403 .*"), WAITS),
     ("404", "status-404", {}, failed(404), failed(404), WAITS),
@@ -139,7 +140,7 @@ FAULTS: list[tuple[str, str, dict[str, Any], str, str, str]] = [
     ("204 with another's answer", "late", {"status": 204, "task": "OTHER", "pause": 0}, WAITS, WAITS, WAITS),
 ]  # fmt: skip
 SLOW = ("hang", "head trickles", "body trickles")
-POLITE = ("status-429", "status-503")  # these slow everybody down
+POLITE = ("status-429", "status-503")  # GraFx wants to be asked less, so these slow everybody down
 
 
 @dataclass
@@ -172,13 +173,16 @@ class Row:
 
     @property
     def group(self) -> str:
-        if self.label in SLOW:
-            return "slow"
-        return "polite" if self.fault in POLITE or "retry_after" in self.options else "quick"
+        """Which rows may share a poller."""
+        if self.place == "token":
+            return "token"
+        if self.fault in POLITE or "retry_after" in self.options:
+            return "polite"
+        return "slow" if self.label in SLOW else "quick"
 
     @property
     def timeout(self) -> float:
-        return 0.5 if self.group == "slow" else 10.0
+        return 0.5 if self.label in SLOW else 10.0
 
     def set(self, grafx: Sandbox, name: str | None = None) -> Fault:
         """Two orders, and the fault for one of them; `name` is whose token it is."""
@@ -262,18 +266,15 @@ def met(grafx: Sandbox) -> dict[str | None, list[float]]:
 def all_at_once(folder: Path, rows: list[Row]) -> None:
     """One poller meets them all, once."""
     with started(folder, rows, POLL_INTERVAL="0.2") as home:
-        if rows[0].end == HELD:
-            eventually(lambda: met(home.grafx))
-            eventually(lambda: rows[0].beside not in home.waiting())
-            time.sleep(1.5)
-        else:
+        try:
             eventually(lambda: not home.waiting(), patience=60)
-        for row in rows:
-            row.look(home)
+        finally:
+            for row in rows:
+                row.look(home)
 
 
 def for_ten_seconds(folder: Path, rows: list[Row]) -> None:
-    """One poller with its own GIVE_UP_AFTER meets them all for so long. Then they are over."""
+    """One poller with the default GIVE_UP_AFTER meets them all for so long. Then they are over."""
     with started(folder, rows, POLL_INTERVAL="1") as home:
         eventually(lambda: met(home.grafx).keys() >= {row.order for row in rows})
         time.sleep(SECONDS)
@@ -335,36 +336,10 @@ def ended_well(home: Home, code: int, log: str) -> None:
     assert not [name for name in home.files() if name.startswith(".")]
 
 
-# --- the token: it is everybody's ----------------------------------------------------------------
+# --- what is everybody's: the token, and how fast GraFx may be asked -----------------------------
 
 
-def one_after_the_other(folder: Path, rows: list[Row]) -> None:
-    """A new one is fetched where the old one is refused, and meets the fault once."""
-    with Sandbox() as grafx:
-        home = Home(folder, grafx)
-        home.wait_for(grafx.add())
-        poller = home.start(before=before(rows[0].timeout), POLL_INTERVAL="0.1")
-        try:
-            eventually(lambda: not home.waiting())
-            for row in rows:
-                since = len(grafx.requests)
-                row.set(grafx)
-                grafx.revoke()
-                if row.end == HELD:
-                    home.wait_for(row.order)
-                    eventually(lambda since=since: any(request.fault for request in grafx.requests[since:]))
-                home.wait_for(row.order, row.beside)
-                if row.end == HELD:
-                    time.sleep(1.5)
-                else:
-                    eventually(lambda: not home.waiting(), str(row))
-                row.look(home, since)
-        finally:
-            code = poller.stop()
-        ended_well(home, code, poller.log())
-
-
-# Starts a poller for each line that it reads, by a fork, which is much quicker than 80 starts of Python.
+# Starts a poller for each line that it reads, by a fork, which is much quicker than 200 starts of Python.
 NURSERY = """
 import json, os, signal, sys
 sys.path.insert(0, sys.argv.pop())
@@ -389,79 +364,89 @@ while True:
 """
 
 
-def tokens_for_long(folder: Path, rows: list[Row]) -> None:
+Alone = tuple[str, Home, list[Row]]  # its name, and what its poller meets: TEN and LONG together
+
+
+def apart(folder: Path, rows: list[Row]) -> None:
     """A poller for each fault, with a short GIVE_UP_AFTER; after 10 s of it, it is over.
 
     What waits with a short one waits with a long one, so this is what came for TEN and for LONG.
     """
-    labels: dict[str, list[Row]] = defaultdict(list)
+    groups: dict[tuple[str, str, bool], list[Row]] = defaultdict(list)
     for row in rows:
-        labels[row.label].append(row)
+        groups[row.label, row.place, row.span == ONCE].append(row)
     with Sandbox() as grafx:
-        homes: list[tuple[str, Home, list[Row]]] = []
-        for number, group in enumerate(labels.values()):
+        alone: list[Alone] = []
+        for number, group in enumerate(groups.values()):
             place = folder / str(number)
             place.mkdir()
             home = Home(place, grafx)
             home.env |= {"TOKEN_URL": f"{grafx.token_url}/{number}", "GIVE_UP_AFTER": "1"}
             home.env |= {"POLL_INTERVAL": "1", "CONCURRENCY": "2"}
             home.wait_for(grafx.add())
-            homes.append((str(number), home, group))
+            alone.append((str(number), home, group))
         nursery = subprocess.Popen([sys.executable, "-c", NURSERY, ROOT], stdin=subprocess.PIPE,
                                    stdout=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
         try:
             assert nursery.stdin
-            for _, home, group in homes:
-                born = {"env": home.environment(), "log": str(home.folder / "log"), "before":
-                        before(group[0].timeout).replace("db.LOOK = 0.05", "db.LOOK = 0.3")}  # fmt: skip
+            for _, home, group in alone:
+                start = before(group[0].timeout).replace("db.LOOK = 0.05", "db.LOOK = 0.4")
+                born = {"env": home.environment(), "log": str(home.folder / "log"), "before": start}
                 nursery.stdin.write(json.dumps(born) + "\n")
                 nursery.stdin.flush()
-            eventually(lambda: not any(home.waiting() for _, home, _ in homes))
-            since = meet(grafx, homes)
-            for name, home, group in homes:
-                for row in group:
-                    row.during = outcome(home, row.order)
-                    if row.span == LONG:
-                        row.look(home, since, name)
-            grafx.clear_faults()
-            try:
-                eventually(lambda: not any(home.waiting() for _, home, _ in homes), patience=60)
-            finally:
-                for name, home, group in homes:
-                    for row in group:
-                        row.afterwards = outcome(home, row.order)
-                        if row.span == TEN:
-                            row.look(home, since, name)
+            eventually(lambda: not any(home.waiting() for _, home, _ in alone))
+            meet(grafx, alone)
         finally:
             os.killpg(nursery.pid, signal.SIGTERM)
             codes = nursery.communicate(timeout=30)[0].split()
-        assert codes == ["0"] * len(homes), codes
-        for _, home, _ in homes:
+        assert codes == ["0"] * len(alone), codes
+        for _, home, _ in alone:
             ended_well(home, 0, (home.folder / "log").read_text())
 
 
-def meet(grafx: Sandbox, homes: list[tuple[str, Home, list[Row]]]) -> int:
-    """Set each home's fault and refuse the token that they have; wait until each has met it for 10 s."""
+def meet(grafx: Sandbox, alone: list[Alone]) -> None:
+    """Each meets its fault, for 10 s; then it is over."""
+    times: dict[str | None, list[float]] = {}
     since = len(grafx.requests)
-    for name, _, group in homes:
+    for name, _, group in alone:
         group[0].set(grafx, name)
         for row in group[1:]:
             row.order, row.beside = group[0].order, group[0].beside
-    grafx.revoke()
-    for _, home, group in homes:
+    if alone[0][2][0].place == "token":
+        grafx.revoke()  # so a new one is needed
+    for _, home, group in alone:
         home.wait_for(group[0].order, group[0].beside)
 
-    def met_for_long() -> bool:
+    def settled(name: str, home: Home, row: Row) -> bool:
+        hit = times[name if row.place == "token" else row.order]
+        if row.end == HELD:
+            return len(hit) > 0 and time.monotonic() > hit[0] + 1.5
+        long = len(hit) > 4 and time.monotonic() > hit[0] + SECONDS
+        return long or row.order not in home.waiting()
+
+    def all_settled() -> bool:
+        nonlocal times
         time.sleep(0.2)
         times = met(grafx)
-        return all(
-            group[0].order not in home.waiting()
-            or (len(hit := times[name]) > 4 and time.monotonic() - hit[0] > SECONDS)
-            for name, home, group in homes
-        )
+        return all(settled(name, home, group[0]) for name, home, group in alone)
 
-    eventually(met_for_long, patience=60)
-    return since
+    try:
+        eventually(all_settled, patience=60)
+    finally:
+        for name, home, group in alone:
+            for row in group:
+                row.during = outcome(home, row.order)
+                row.look(home, since, name)
+    grafx.clear_faults()
+    mortal = [(name, home, group) for name, home, group in alone if group[0].end != HELD]
+    try:
+        eventually(lambda: not any(home.waiting() for _, home, _ in mortal), patience=60)
+    finally:
+        for name, home, group in mortal:
+            for row in group:
+                row.afterwards = outcome(home, row.order)
+                if row.span == TEN:
+                    row.look(home, since, name)
 
 
 # --- all of it -----------------------------------------------------------------------------------
@@ -472,21 +457,12 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """All rows, each with its outcome; prints the table when its tests are through."""
     wanted = {item.name for item in request.session.items}  # `pytest -k` may want a few only
     rows = [row for row in ROWS if f"test_fault[{row}]" in wanted]
-    shared = [row for row in rows if row.place != "token" and row.end != HELD]
-    tokens = [row for row in rows if row.place == "token" and row.end != HELD]
     runs: list[tuple[Callable[[Path, list[Row]], None], list[Row]]] = []
-    for group, run_of_span in itertools.product(
-        ("quick", "polite", "slow"), ((ONCE, all_at_once), (TEN, for_ten_seconds), (LONG, for_ever))
-    ):
-        span, run = run_of_span
-        runs.append((run, [row for row in shared if (row.group, row.span) == (group, span)]))
-    for group, parts in (("quick", 5), ("polite", 5), ("slow", 3)):
-        these = [row for row in tokens if (row.group, row.span) == (group, ONCE)]
-        runs += [(one_after_the_other, these[part::parts]) for part in range(parts)]
-    runs.append((tokens_for_long, [row for row in tokens if row.span != ONCE]))
-    for row in rows:
-        if row.end == HELD:
-            runs.append((one_after_the_other if row.place == "token" else all_at_once, [row]))
+    for group in ("quick", "slow"):
+        for span, run in ((ONCE, all_at_once), (TEN, for_ten_seconds), (LONG, for_ever)):
+            runs.append((run, [row for row in rows if (row.group, row.span) == (group, span)]))
+    for group in ("token", "polite"):
+        runs.append((apart, [row for row in rows if row.group == group]))
     with ThreadPoolExecutor(len(runs)) as pool:
         futures: list[Future[None]] = [
             pool.submit(run, tmp_path_factory.mktemp("faults"), part) for run, part in runs if part
@@ -529,7 +505,7 @@ def test_fault(row: Row) -> None:
         assert len(hit) == often if row.span == ONCE else len(hit) >= often, "it did not meet it often enough"
     if row.end == FINE and row.place != "token":
         assert [request.what for request in row.requests if request.query == ""].count(row.place) == 1
-    if row.span == TEN and row.end != FINE and row.place != "token":
+    if row.span == TEN and row.end != FINE and row.group in ("quick", "slow"):
         assert re.fullmatch(row.end, row.during), "it should stand under failing where GraFx refuses it"
     if row.span == LONG and row.end == WAITS:
         assert row.afterwards == "delivered"
