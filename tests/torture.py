@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from conftest import Home, Running, eventually
 from sandbox import Fault, Sandbox
-from test_faults import FAULTS, FINAL, HELD, now
+from test_faults import FAULTS, FINAL, HELD, JSON_REFUSAL, now
 
 import db
 
@@ -276,10 +276,12 @@ def outage_plan(
     events: list[Event] = []
     ready = [0.0] * LANES
     for fault, options, ends in deck:
-        # The token is everybody's, so its faults are fewer. What is final or for a year is no outage.
+        # The token is everybody's, so its faults are fewer. What is final or for a year is no outage, nor is
+        # a token server that says in its own words that the credentials are wrong.
+        weights = (2, 2, 0 if options is JSON_REFUSAL else 1)
         places = [
             place
-            for place, end, weight in zip(("task", "download", "token"), ends, (2, 2, 1), strict=True)
+            for place, end, weight in zip(("task", "download", "token"), ends, weights, strict=True)
             for _ in range(0 if end in (FINAL, HELD) else weight)
         ]
         if not places:
