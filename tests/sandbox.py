@@ -1171,7 +1171,8 @@ def run_poller() -> int:
         print(f"Each file goes on to ON_DONE={on_done}")
         print("Now the poller. Ctrl-C stops both.\n", flush=True)
 
-        environment = os.environ | grafx.settings(folder) | {"POLL_INTERVAL": "5", "GIVE_UP_AFTER": "3", "ON_DONE": on_done}
+        hurry = {"POLL_INTERVAL": "5", "GIVE_UP_AFTER": "3", "ON_DONE": on_done}
+        environment = os.environ | grafx.settings(folder) | hurry
         poller = subprocess.Popen([sys.executable, POLLER.name], cwd=POLLER.parent, env=environment)
         try:
             trouble = watch(poller, folder / "database.json")

@@ -506,7 +506,10 @@ def test_fault(row: Row) -> None:
     if row.end == FINE and row.place != "token":
         assert [request.what for request in row.requests if request.query == ""].count(row.place) == 1
     if row.span == TEN and row.end != FINE and row.group in ("quick", "slow"):
-        assert re.fullmatch(row.end, row.during), "it should stand under failing where GraFx refuses it"
+        asked = [(request.what, request.status, request.fault) for request in row.requests]
+        assert re.fullmatch(row.end, row.during), (
+            f"{row.during}, but it is failing where it is refused: {asked}"
+        )
     if row.span == LONG and row.end == WAITS:
         assert row.afterwards == "delivered"
     if row.options.get("retry_after") == 1 and row.span != ONCE:
