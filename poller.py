@@ -483,6 +483,7 @@ class Outage:
         self.longest = longest  # seconds between two tries
         self.error: chili.AskAgainLater | None = None
         self.said: dict[str, float] = {}  # what was met, and since when; "" when it became an error
+        self.lately: dict[str, float] = {}  # what was over, and when: not worth a word again so soon
         self.times = 0  # tries in a row
         self.until = self.alone = 0.0  # the next try; how long GraFx wants to be left alone
         self.over = 0.0  # when the last one was over
@@ -493,10 +494,10 @@ class Outage:
         if now >= self.until:
             self.times += 1
             self.until = now + growing(self.times, self.longest)
-        if str(error) not in self.said:
+        if str(error) not in self.said and now >= self.lately.get(str(error), -MINUTE) + MINUTE:
             log.warning("all orders wait: %s", error)
             self.said[str(error)] = now
-        if "" not in self.said and now >= min(self.said.values()) + ALARM:
+        if "" not in self.said and now >= min(self.said.values(), default=now) + ALARM:
             log.error("all orders have waited for %s: %s", duration(ALARM), error)
             self.said[""] = now
         self.error = error
@@ -508,6 +509,7 @@ class Outage:
         self.over = time.monotonic()
         for text in filter(None, self.said):
             log.info("over: %s, after %s", text, duration(self.over - self.said[text]))
+            self.lately[text] = self.over
         self.error, self.said, self.times, self.until = None, {}, 0, 0.0
 
     def pause(self) -> float:
