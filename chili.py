@@ -727,7 +727,7 @@ def _save(answer: Answer, orders_dir: Path, task_id: str, progress: Progress) ->
     """Stream the body to its place. Raises OrderRefused, AskAgainLater; then nothing is left of it."""
     answer.must_end()
     total = answer.total()
-    temp, final = orders_dir / f".{task_id}.part", orders_dir / task_id
+    temp = orders_dir / f".{task_id}.part"
     size, first, last = 0, b"", b""
     try:
         # The order of these steps is the promise: nothing has its final name before it is whole and
@@ -737,16 +737,15 @@ def _save(answer: Answer, orders_dir: Path, task_id: str, progress: Progress) ->
                 file.write(piece)
                 size, first, last = size + len(piece), (first + piece)[:16], (last + piece)[-len(PNG_END) :]
                 progress(size, total)
-            final = (
-                orders_dir / f"{task_id}.{_extension(answer.headers.get('Content-Type', ''), first, last)}"
-            )
+            extension = _extension(answer.headers.get("Content-Type", ""), first, last)
             file.flush()
             os.fsync(file.fileno())
-        temp.replace(final)
+        temp.replace(orders_dir / f"{task_id}.{extension}")
         _sync_folder(orders_dir)
     except OSError as error:
-        if final.is_dir():
-            raise AskAgainLater(f"{final} is a folder, where the file belongs: move it away") from None
+        if isinstance(error, IsADirectoryError):
+            place = error.filename2 or error.filename
+            raise AskAgainLater(f"{place} is a folder, where the file belongs: move it away") from None
         raise _unwritable(orders_dir, error) from None
     finally:
         with contextlib.suppress(OSError):
@@ -783,6 +782,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> AskAgainLater:
+    if error.errno == errno.EFBIG:  # others may be smaller
+        return AskAgainLater(f"cannot write to {folder}: {error.strerror}: raise the limit (ulimit -f)")
     mends = {errno.ENOENT: ": make it", errno.ENOTDIR: ": make it a folder"}
     mends |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ": make room")
     mends |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), ": mend its permissions")

@@ -483,6 +483,7 @@ class Outage:
         self.longest = longest  # seconds between two tries
         self.error: chili.AskAgainLater | None = None
         self.said: dict[str, float] = {}  # what was met, and since when; "" when it became an error
+        self.lately: dict[str, float] = {}  # what was over, and when: not worth a word again so soon
         self.times = 0  # tries in a row
         self.until = self.alone = 0.0  # the next try; how long GraFx wants to be left alone
         self.over = 0.0  # when the last one was over
@@ -493,10 +494,10 @@ class Outage:
         if now >= self.until:
             self.times += 1
             self.until = now + growing(self.times, self.longest)
-        if str(error) not in self.said:
+        if str(error) not in self.said and now >= self.lately.get(str(error), -MINUTE) + MINUTE:
             log.warning("all orders wait: %s", error)
             self.said[str(error)] = now
-        if "" not in self.said and now >= min(self.said.values()) + ALARM:
+        if "" not in self.said and now >= min(self.said.values(), default=now) + ALARM:
             log.error("all orders have waited for %s: %s", duration(ALARM), error)
             self.said[""] = now
         self.error = error
@@ -508,6 +509,7 @@ class Outage:
         self.over = time.monotonic()
         for text in filter(None, self.said):
             log.info("over: %s, after %s", text, duration(self.over - self.said[text]))
+            self.lately[text] = self.over
         self.error, self.said, self.times, self.until = None, {}, 0, 0.0
 
     def pause(self) -> float:
@@ -711,7 +713,7 @@ class Poller:
         gone = [self.waiting.pop(task_id) for task_id in self.waiting.keys() - store.orders.keys()]
         for order in gone:
             self.troubles.over(order, quiet=True)
-        self.telling.failed = len(store.failed)
+        self.telling.strange_ones(store.strange)
         if self.ready:
             self.telling.came_and_went([self.waiting[task_id] for task_id in new], gone)
 
@@ -862,6 +864,7 @@ class Poller:
     def later(self, order: Order, error: chili.AskAgainLater) -> None:
         """The order could not be asked about, or not be delivered, through no fault of its own."""
         if self.stopping or order.gone:
+            self.again(order, 0.0)
             return
         self.not_refused(order)
         self.exit_code = self.exit_code or int(self.once)
@@ -935,7 +938,7 @@ class Telling:
         self.screen, self.lock = screen, lock
         self.states: Counter[str] = Counter()  # of the orders that wait
         self.results: Counter[str] = Counter()  # of all questions
-        self.failed = 0  # under "failed" in the file
+        self.strange: set[str] = set()  # entries of the file that were warned about
         self.last = self.note = ""  # the last delivery
         self.told = 0.0
         self.stale = True  # whether `states` are of before
@@ -957,10 +960,17 @@ class Telling:
             for order in orders:
                 log.info("%s %s, project %s", order.task_id, what, order.project or "not given")
 
+    def strange_ones(self, entries: list[str]) -> None:
+        """Of the file: each is told once."""
+        for entry in entries:
+            if entry not in self.strange:
+                log.warning("no task id, left alone in the database: %s", entry)
+        self.strange = set(entries)
+
     def tell(self, poller: Poller) -> None:
         """Once a second, in a terminal five times while something is under way."""
         now = time.monotonic()
-        if not poller.ready or now < self.told + (0.2 if self.screen.terminal and poller.asking else 0.99):
+        if not poller.ready or now < self.told + (0.2 if self.screen.terminal and poller.asking else db.LOOK):
             return
         ready, self.told = "" if self.told else "READY=1\n", now
         poller.troubles.tell()

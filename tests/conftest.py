@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import trustme
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -185,14 +186,11 @@ def app(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for loopback with its key, in one file. It is its own authority."""
+    """A certificate for loopback with its key and its authority, in one file."""
     place = tmp_path_factory.mktemp("tls") / "loopback.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", place, "-out",
-         place.with_suffix(".crt"), "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    place.write_bytes(place.read_bytes() + place.with_suffix(".crt").read_bytes())
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    place.write_bytes(issued.private_key_and_cert_chain_pem.bytes() + authority.cert_pem.bytes())
     return place
 
 
@@ -346,11 +344,20 @@ def tls_front(certificate: Path) -> Iterator[Callable[[int], int]]:
     loop.call_soon_threadsafe(loop.stop)
 
 
-def find_program(name: str, package: str) -> str:
+def find_program(name: str, package: str, what: str = "the README's use of it") -> str:
+    """Where this program is; without it the test is skipped, and says what is not tested."""
     found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if found is None:
-        pytest.skip(f"needs {name} (Debian: apt-get install {package}): the README's use of it is NOT tested")
+        pytest.skip(f"needs {name} (Debian: apt-get install {package}): {what} is NOT tested")
     return found
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of this repository; None in an unpacked archive."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = [find_program("git", "git", "what is committed"), "-c", f"safe.directory={ROOT}"]
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.hookimpl(wrapper=True)

@@ -43,7 +43,7 @@ import time
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -78,12 +78,14 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "trickle-body": ("pace",),
     "500-plain": (),
     "500-empty": (),
+    "500-aspnet": (),
     "html": (),
     "cut": (),
     "cut-json": (),
     "other-json": ("value",),
     "no-link": (),
     "bad-link": ("link",),
+    "other-task": ("task",),
     "length-long": (),
     "length-short": (),
     "chunked": (),
@@ -91,8 +93,12 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "close-end": (),
     "gzip": (),
     "gzip-cut": (),
+    "gzip-members": (),
+    "gzip-far": (),
+    "gzip-padded": (),
+    "coding": ("value",),
     "wrong-type": ("type",),
-    "octet": (),
+    "octet": ("body",),
     "empty": (),
     "huge": ("size",),
     "redirect-loop": ("code",),
@@ -101,14 +107,18 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "echo-token": (),
     "slow": ("rate",),
     "delay": ("seconds",),
+    "interim": ("code", "number", "pause"),
+    "late": ("status", "pause", "task"),
 }
 STATUS_OPTIONS = ("retry_after", "body", "content_type")  # of status-NNN
 # These change a body, so a 204 passes them by and they wait for an answer that has one.
 NEED_BODY = {"trickle-body", "cut", "length-long", "length-short", "chunked", "chunked-cut", "close-end"}
-NEED_BODY |= {"gzip", "gzip-cut", "wrong-type", "octet"}
+NEED_BODY |= {"gzip", "gzip-cut", "gzip-members", "gzip-far", "gzip-padded", "coding", "wrong-type", "octet"}
 # These lie in how an answer is sent; the others, in what it says.
 ODDLY_SENT = {"reset", "close", "hang", "trickle", "trickle-body", "length-long", "length-short", "chunked"}
-ODDLY_SENT |= {"chunked-cut", "close-end", "huge", "slow", "delay"}
+ODDLY_SENT |= {"chunked-cut", "close-end", "huge", "slow", "delay", "interim", "late"}
+HARMLESS = ("slow", "delay", "interim")  # a 204 that is sent so is one all the same
+FAR = 70_000  # bytes: more than a reader takes at once
 
 
 # --- the files ---------------------------------------------------------------------------------------------
@@ -377,9 +387,13 @@ class Fault:
     what: str
     name: str
     times: int | None
-    task_id: str | None
+    task_id: str | Collection[str] | None
     after: float | None
     options: dict[str, Any]
+
+    def hits(self, request: Request) -> bool:
+        wanted = (self.task_id,) if isinstance(self.task_id, str) else self.task_id
+        return self.what == request.what and (wanted is None or request.task_id in wanted)
 
 
 def json_answer(value: object, status: int = 200, content_type: str = "application/json") -> Answer:
@@ -561,12 +575,14 @@ class Sandbox:
         name: str,
         *,
         times: int | None = 1,
-        task_id: str | None = None,
+        task_id: str | Collection[str] | None = None,
         after: float | None = None,
         **options: Any,
-    ) -> None:
+    ) -> Fault:
         """The next `times` requests of this sort (task, download, token …) get this fault; None is for ever.
 
+        Of all tasks, or of one, or of several. A token that is asked for at `token_url`/NAME belongs to the
+        task NAME, so that of several pollers one can be met.
         Faults that fit the same request are used in the order in which they were set. One that changes a body
         waits for an answer that has one, so a 204 does not use it up.
 
@@ -575,31 +591,47 @@ class Sandbox:
         trickle, trickle-body  one byte each `pace` seconds (0.2), a head that never ends / the right body
         status-NNN             problem details; retry_after=, body=, content_type=
         500-plain, 500-empty   HTML / nothing
+        500-aspnet             the problem details that ASP.NET sends for its own faults
         html, empty, huge      200 with a page / nothing / `size` bytes (64 MiB) of JSON
         cut                    half of the right body, with the Content-Length of that half
         cut-json               half of a JSON answer, likewise
         other-json             200 with value= ([])
         no-link, bad-link      a finished task without a link / with link= ("not a link")
+        other-task             200 with what is right for a question about task= (one that nobody knows)
         length-long            a Content-Length 1000 above the body, then the end
         length-short           a Content-Length of three quarters of the body that is sent
         chunked, chunked-cut   a whole one (no fault) / half of the chunks, then the end
         close-end              no length; the end of the connection is the end of the body (no fault)
         gzip, gzip-cut         Content-Encoding: gzip (no fault) / half of that stream, with its right length
-        wrong-type, octet      the right body as type= (image/jpeg) / application/octet-stream
+        gzip-members, -far     the same in two members / the second begins behind 64 KiB (no faults)
+        gzip-padded            the same with 70,000 zeros behind it, as tapes have it (no fault)
+        coding                 Content-Encoding: value= (br); deflate really is, others only say so
+        wrong-type, octet      the right body as type= (image/jpeg) / it or body= as application/octet-stream
         redirect-loop          to itself, for ever; code= (302)
         redirect-away          to `elsewhere`; code= (302)
         redirect-same          to the same path with a query, served normally; code= (302, 307 for a POST)
         echo-token             500 whose detail repeats the Authorization header and the request's body
         slow                   the right body at `rate` bytes a second (20,000)
         delay                  the right answer, `seconds` later (1)
+        interim                `number` interim answers (1) of status code= (103), each `pause` seconds (0.3)
+                               before the next answer, then the right one (no fault)
+        late                   status= (504; 204), `pause` seconds later (0.05; 0: in the same segment) on the
+                               same connection the right answer, or with task= what is right for that one
         """
         known = STATUS_OPTIONS if re.fullmatch(r"status-[2-5]\d\d", name) else FAULTS.get(name)
         if known is None:
             raise ValueError(f"no such fault: {name}")
         if unknown := sorted(set(options) - set(known)):
             raise TypeError(f"{name} takes no {', '.join(unknown)}")
+        fault = Fault(what, name, times, task_id, after, options)
         with self._lock:
-            self._faults.append(Fault(what, name, times, task_id, after, options))
+            self._faults.append(fault)
+        return fault
+
+    def end_fault(self, fault: Fault) -> None:
+        """No more of this one, if there still is any."""
+        with self._lock:
+            self._faults = [one for one in self._faults if one is not fault]
 
     def clear_faults(self) -> None:
         with self._lock:
@@ -617,8 +649,8 @@ class Sandbox:
         if elsewhere:
             request.what = "elsewhere"
             request.task_id = path.removeprefix("/file/") if path.startswith("/file/") else None
-        elif path == "/oauth/token":
-            request.what = "token"
+        elif path == "/oauth/token" or path.startswith("/oauth/token/"):
+            request.what, request.task_id = "token", path.removeprefix("/oauth/token").strip("/") or None
         elif found := self._place.fullmatch(path):
             request.task_id = found[1]
             request.what = "download" if found[2] else "task"
@@ -662,11 +694,15 @@ class Sandbox:
             }
             return problem(500, detail, more)
         if request.what == "task":
-            link = task.link or f"{self.root}/tasks/{request.task_id}/download"
-            return json_answer({"data": {"taskId": request.task_id}, "links": {"download": link}})
+            return json_answer(self._finished(request.task_id))
         if task.kind == "expired":
             return problem(410, "The output of this task is no longer available.")
         return Answer(200, task.file, task.content_type)
+
+    def _finished(self, task_id: str) -> dict[str, Any]:
+        task = self._tasks.get(task_id)
+        link = (task and task.link) or f"{self.root}/tasks/{task_id}/download"
+        return {"data": {"taskId": task_id}, "links": {"download": link}}
 
     def _order_answer(self, request: Request) -> Answer:
         kind = ORDERS[request.path.partition("?")[0].rpartition("/")[2]]
@@ -751,7 +787,7 @@ class Sandbox:
             self.requests.append(request)
             answer = self._right_answer(request)
             fault = self._take_fault(request, answer)
-            if answer.status == 204 and (fault is None or fault.name in ("slow", "delay")):
+            if answer.status == 204 and (fault is None or fault.name in HARMLESS):
                 self._tasks[request.task_id or ""].questions -= 1
         if fault is not None:
             request.fault = fault.name
@@ -767,7 +803,7 @@ class Sandbox:
         if request.query == "again=loop":
             return Fault(request.what, "redirect-loop", 1, request.task_id, None, {})
         for fault in self._faults:
-            if fault.what != request.what or fault.task_id not in (None, request.task_id):
+            if not fault.hits(request):
                 continue
             if fault.name in NEED_BODY and bodiless(answer):
                 continue
@@ -776,7 +812,7 @@ class Sandbox:
             if fault.times is not None:
                 fault.times -= 1
                 if fault.times <= 0:
-                    self._faults.remove(fault)
+                    self.end_fault(fault)
             return fault
         return None
 
@@ -791,6 +827,14 @@ class Sandbox:
                 return Answer(500, PAGE, "text/html; charset=utf-8")
             case "500-empty":
                 return Answer(500)
+            case "500-aspnet":
+                value = {
+                    "type": "https://tools.ietf.org/html/rfc9110#section-15.6.1",
+                    "title": "An error occurred while processing your request.",
+                    "status": 500,
+                    "traceId": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00",
+                }
+                return json_answer(value, 500, "application/problem+json; charset=utf-8")
             case "html":
                 return Answer(200, PAGE, "text/html; charset=utf-8")
             case "empty":
@@ -808,16 +852,23 @@ class Sandbox:
                 return json_answer(finished)
             case "bad-link":
                 return json_answer(finished | {"links": {"download": option.get("link", "not a link")}})
-            case "gzip" | "gzip-cut":
-                packed = gzip.compress(b"".join(pieces(right.body)), compresslevel=1)
-                right.body = packed if fault.name == "gzip" else packed[: len(packed) // 2]
+            case "other-task":
+                return json_answer(self._finished(option.get("task", str(uuid.uuid4()))))
+            case "gzip" | "gzip-cut" | "gzip-members" | "gzip-far" | "gzip-padded":
+                right.body = gzipped(right, fault.name)
                 right.headers["Content-Encoding"] = "gzip"
+                return right
+            case "coding":
+                right.headers["Content-Encoding"] = coding = option.get("value", "br")
+                if coding == "deflate":
+                    right.body = zlib.compress(b"".join(pieces(right.body)))
                 return right
             case "wrong-type":
                 right.content_type = option.get("type", "image/jpeg")
                 return right
             case "octet":
                 right.content_type = "application/octet-stream"
+                right.body = option.get("body", right.body)
                 return right
             case "redirect-loop" | "redirect-away" | "redirect-same":
                 return self._redirect(request, fault)
@@ -854,6 +905,8 @@ class Sandbox:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return False
 
+        if fault.name == "late":
+            return self._send_late(connection, request, right, option)
         if fault.name == "huge":
             right = Answer(200, b"", "application/json")
         request.status = right.status
@@ -862,6 +915,14 @@ class Sandbox:
             case "delay":
                 if self._stopping.wait(option.get("seconds", 1.0)):
                     return False
+                send(connection, right)
+                return True
+            case "interim":
+                early = f"HTTP/1.1 {option.get('code', 103)} Soon\r\nLink: </style.css>; rel=preload\r\n\r\n"
+                for _ in range(option.get("number", 1)):
+                    connection.sendall(early.encode())
+                    if self._stopping.wait(option.get("pause", 0.3)):
+                        return False
                 send(connection, right)
                 return True
             case "slow":
@@ -903,6 +964,27 @@ class Sandbox:
                 return end_chunks(connection)
         raise AssertionError(fault.name)
 
+    def _send_late(
+        self, connection: socket.socket, request: Request, right: Answer, option: dict[str, Any]
+    ) -> bool:
+        """A gateway's answer first, and then that of the server behind it, which comes too late."""
+        if "task" in option:
+            task = self._tasks[option["task"]]
+            right = json_answer(self._finished(option["task"]))
+            if request.what == "download":
+                right = Answer(200, task.file, task.content_type)
+        request.status = option.get("status", 504)
+        soon = Answer(204) if request.status == 204 else Answer(request.status, PAGE, "text/html")
+        late = head(right, length(right.body)) + b"".join(pieces(right.body))
+        if pause := option.get("pause", 0.05):
+            send(connection, soon)
+            if self._stopping.wait(pause):
+                return False
+            connection.sendall(late)
+        else:
+            connection.sendall(head(soon, length(soon.body)) + b"".join(pieces(soon.body)) + late)
+        return True
+
     def _drip(self, connection: socket.socket, parts: Iterator[bytes], pace: float) -> bool:
         """Send these parts at `pace` seconds per byte, until the sandbox stops."""
         due = time.monotonic()
@@ -922,6 +1004,22 @@ def status_answer(status: int, option: dict[str, Any]) -> Answer:
     if "retry_after" in option:
         answer.headers["Retry-After"] = str(option["retry_after"])
     return answer
+
+
+def gzipped(right: Answer, how: str) -> bytes:
+    whole = b"".join(pieces(right.body))
+    if how == "gzip-far":  # not compressed, so that it is as long as it has to be
+        if right.content_type and "json" in right.content_type:
+            whole = b" " * FAR + whole
+        assert len(whole) > FAR, "the second member would be empty"
+        return gzip.compress(whole[:FAR], compresslevel=0) + gzip.compress(whole[FAR:])
+    if how == "gzip-members":
+        half = len(whole) // 2
+        return gzip.compress(whole[:half]) + gzip.compress(whole[half:])
+    packed = gzip.compress(whole, compresslevel=1)
+    if how == "gzip-padded":
+        return packed + bytes(FAR)
+    return packed[: len(packed) // 2] if how == "gzip-cut" else packed
 
 
 def first(body: Body, size: int) -> bytes:
@@ -1073,11 +1171,8 @@ def run_poller() -> int:
         print(f"Each file goes on to ON_DONE={on_done}")
         print("Now the poller. Ctrl-C stops both.\n", flush=True)
 
-        environment = (
-            os.environ
-            | grafx.settings(folder)
-            | {"POLL_INTERVAL": "5", "GIVE_UP_AFTER": "3", "ON_DONE": on_done}
-        )
+        hurry = {"POLL_INTERVAL": "5", "GIVE_UP_AFTER": "3", "ON_DONE": on_done}
+        environment = os.environ | grafx.settings(folder) | hurry
         poller = subprocess.Popen([sys.executable, POLLER.name], cwd=POLLER.parent, env=environment)
         try:
             trouble = watch(poller, folder / "database.json")

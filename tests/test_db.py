@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Home
+from conftest import ROOT, Home, git
 
 import db
 
@@ -770,10 +770,7 @@ def test_db_py_says_what_is_wrong_with_the_file(home: Home) -> None:
 
 
 def test_the_shipped_database_is_empty_and_in_the_own_shape() -> None:
-    shipped = subprocess.run(
-        ["git", "show", "HEAD:database.json"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    text = shipped.stdout if shipped.returncode == 0 else (ROOT / "database.json").read_text()
+    text = git("show", "HEAD:database.json") or (ROOT / "database.json").read_text()
     assert text == '{\n    "orders": {},\n    "failed": {}\n}\n'
 
 

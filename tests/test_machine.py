@@ -128,7 +128,7 @@ def disk_full_for_the_database(home: Home) -> None:
         well(home, poller, *task_ids)
         said_once(poller, "No space left on device")
         assert {path.name for path in disk.iterdir()} == {f"{lock}database.json{name}" for lock, name in (
-            ("", ""), (".", ".lock"), (".", ".pid"))}  # fmt: skip
+            ("", ""), (".", ".lock"), (".", ".pid"), (".", ".delivered"))}  # fmt: skip
 
 
 def file_too_large(home: Home) -> None:
@@ -351,7 +351,7 @@ def secrets(home: Home) -> None:
     home.wait_for(*orders)
     quick = QUICK + "; chili.TIMEOUT = chili.Timeout(connect=0.5, read=0.5); chili.ANSWER_TIME = 0.5"
     on_done = f"sh -c 'env > {home.folder}/env-$TASK_ID' {{}}"
-    poller = home.start("-v", before=quick, CONCURRENCY="16", ON_DONE=on_done)
+    poller = home.start("-v", before=quick, CONCURRENCY="16", ON_DONE=on_done, GIVE_UP_AFTER="0")
     process = psutil.Process(poller.process.pid)
     eventually(lambda: len(home.waiting()) < len(orders))  # so the credentials are known to be right
     written["command line"] = " ".join(process.cmdline())

@@ -515,9 +515,7 @@ def test_while_it_fails_everybody_is_told(desk: Desk) -> None:
         sock.bind(address)
         sock.setblocking(False)
         env = home.environment(NOTIFY_SOCKET=address, COLUMNS="80", TERM="xterm")
-        poller = subprocess.Popen(
-            home.command(before=QUICK), env=env, stdin=its, stdout=its, stderr=its
-        )
+        poller = subprocess.Popen(home.command(before=QUICK), env=env, stdin=its, stdout=its, stderr=its)
         os.close(its)
         reader = threading.Thread(target=read)
         reader.start()
@@ -804,8 +802,8 @@ def test_a_file_that_was_taken_away_is_fetched_again(desk: Desk) -> None:
     task_id = home.grafx.add()
     home.wait_for(task_id)
     before = (
-        f"{QUICK}; find, took = chili.find_file, []; chili.find_file = lambda folder, task: find(folder, task) "
-        "if took or not find(folder, task) else took.append(find(folder, task).unlink())"
+        f"{QUICK}; find, took = chili.find_file, []; chili.find_file = lambda folder, task: "
+        "find(folder, task) if took or not find(folder, task) else took.append(find(folder, task).unlink())"
     )
     running = home.start(before=before)
     running.says(f"{task_id} waits: its file was taken away")

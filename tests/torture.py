@@ -2,8 +2,9 @@
 
     python tests/torture.py --kills 1000       kill -9, look at what is left, start again, and so on
     python tests/torture.py --orders 20000     that many orders through one process
+    python tests/torture.py --outage 1000      so many orders while GraFx has every fault there is
 
-The suite runs a short one of each, see test_crash.py.
+The suite runs a short one of each, see test_crash.py and test_outage.py.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
-from datetime import datetime, timezone
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from conftest import Home, Running, eventually
-from sandbox import Sandbox
+from sandbox import Fault, Sandbox
+from test_faults import FAULTS, FINAL, HELD, JSON_REFUSAL, now
 
 import db
 
@@ -205,6 +209,151 @@ def endurance(
     )
 
 
+# --- outages -------------------------------------------------------------------------------------
+
+LANES = 3  # faults at a time
+Event = tuple[float, Callable[[], object]]  # after so many seconds, what happens
+
+
+def outage(
+    folder: Path, number: int, longest: float, seed: int, once: bool, say: Callable[[str], None] = print
+) -> str:
+    """Orders that finish while GraFx has every fault of test_faults.py; gives the summary.
+
+    Each fault lasts up to `longest` seconds, for some of the orders or for all. `once` is `--once`, again and
+    again. Raises AssertionError where an order failed, was not delivered, or got another one's file.
+    """
+    chance = random.Random(seed)
+    with Sandbox() as grafx:
+        home = Home(folder, grafx)
+        home.env["POLL_INTERVAL"] = str(max(0.3, longest / 12))
+        tasks = [str(uuid.UUID(int=chance.getrandbits(128), version=4)) for _ in range(number)]
+        events, faults = outage_plan(grafx, tasks, longest, chance)
+        lasts = events[-1][0]
+        orders = {}
+        for task_id in tasks:
+            # Some 70 kB are more than a reader takes at once, and what gzip-far needs.
+            grafx.add(task_id=task_id, size=chance.randrange(70_500, 90_000), after=lasts * chance.random())
+            age = timedelta(seconds=10 ** (5 * chance.random()))  # a second to a day
+            orders[task_id] = {"added": (datetime.now(timezone.utc) - age).isoformat(timespec="seconds")}
+        home.write({"orders": orders, "failed": {}})
+        early, runs = go_through(home, events, longest / 60, once, say)
+        left = home.read()
+        assert not left.get("failing"), left
+        assert set(home.files()) == {f"{task_id}.png" for task_id in tasks}
+        for task_id in tasks:
+            file = home.orders / f"{task_id}.png"
+            assert file.read_bytes() == grafx.body(task_id), f"{file.name} is not its own"
+        hit = sum(request.fault is not None for request in grafx.requests)
+        return (
+            f"{number} orders, {faults} faults of {longest / 12:g} to {longest:g} s in {lasts:.0f} s, "
+            f"{f'{runs} times --once' if once else 'one process'}, seed {seed}: none failed, all delivered, "
+            f"each file its own; {hit} of {len(grafx.requests)} requests met a fault, "
+            f"{early} orders were delivered all the same before the last one was over"
+        )
+
+
+def both_outages(
+    folder: Path, number: int, longest: float, seed: int, say: Callable[[str], None] = print
+) -> str:
+    """The same with and without --once, side by side; gives both summaries."""
+    modes = ("one process", False), ("--once", True)
+    with ThreadPoolExecutor() as pool:
+        runs = []
+        for name, once in modes:
+            (folder / name).mkdir()
+            tell = say if not once else lambda line: None
+            runs.append(pool.submit(outage, folder / name, number, longest, seed, once, tell))
+        return "\n".join(run.result() for run in runs)
+
+
+def outage_plan(
+    grafx: Sandbox, tasks: list[str], longest: float, chance: random.Random
+) -> tuple[list[Event], int]:
+    """When which fault begins and ends, by time, and how many there are."""
+    deck = [(fault, options, ends) for _, fault, options, *ends in FAULTS]
+    chance.shuffle(deck)
+    events: list[Event] = []
+    ready = [0.0] * LANES
+    for fault, options, ends in deck:
+        # The token is everybody's, so its faults are fewer. What is final or for a year is no outage, nor is
+        # a token server that says in its own words that the credentials are wrong.
+        weights = (2, 2, 0 if options is JSON_REFUSAL else 1)
+        places = [
+            place
+            for place, end, weight in zip(("task", "download", "token"), ends, weights, strict=True)
+            for _ in range(0 if end in (FINAL, HELD) else weight)
+        ]
+        if not places:
+            continue
+        place, lane = chance.choice(places), ready.index(min(ready))
+        begins = ready[lane] + chance.uniform(0, longest / 6)
+        ready[lane] = ends_at = begins + chance.uniform(longest / 12, longest)
+        some = frozenset(chance.sample(tasks, round(len(tasks) * chance.uniform(0.2, 1))))
+        running: list[Fault] = []
+
+        def begin(
+            place: str = place, fault: str = fault, options: dict[str, Any] = options,
+            some: Collection[str] = some, running: list[Fault] = running,
+        ) -> None:  # fmt: skip
+            hit = None if place == "token" else some
+            more = {"size": 2 * MIB} if fault == "huge" else now(grafx, options)
+            running.append(grafx.fault(place, fault, times=None, task_id=hit, **more))
+            if place == "token":
+                grafx.revoke()  # so that a new one is asked for
+
+        def end(running: list[Fault] = running) -> None:
+            grafx.end_fault(running[0])
+
+        events += [(begins, begin), (ends_at, end)]
+    events.sort(key=lambda event: event[0])
+    return events, len(events) // 2
+
+
+def go_through(
+    home: Home, events: list[Event], scale: float, once: bool, say: Callable[[str], None]
+) -> tuple[int, int]:
+    """All of it, until no order waits; gives how many were delivered before the last fault was over, and
+    how many processes it took."""
+    before = ""
+    if scale < 1:  # pauses and patience as short as the faults are
+        before = (
+            f"chili.TIMEOUT = chili.Timeout(connect={max(1, 10 * scale)}, read={max(1, 30 * scale)}); "
+            f"chili.ANSWER_TIME = {max(1, 60 * scale)}; poller.SHORTEST_PAUSE = {max(0.1, 2 * scale)}; "
+            f"db.LOOK = {max(0.1, scale)}"
+        )
+    arguments = ["--once"] if once else []
+    began, count, early, runs = time.monotonic(), len(home.waiting()), 0, 1
+    patience = events[-1][0] + max(60, 600 * scale)
+    poller, pause_until = home.start(*arguments, before=before), 0.0
+    try:
+        while True:
+            seconds = time.monotonic() - began
+            while events and events[0][0] <= seconds:
+                events.pop(0)[1]()
+            data, code = home.read(), poller.process.poll()
+            assert not data["failed"], data["failed"]
+            left = len(data["orders"])
+            early = early if not events else count - left
+            say(f"{count - left} of {count} orders, {seconds:.0f} s, {len(events)} faults begin or end")
+            if code is not None:
+                assert once and code in (0, 1) and "Traceback" not in poller.log(), poller.log()
+            if not left and not events:
+                break
+            assert seconds < patience, f"{left} orders are left\n{poller.log()}"
+            if code is not None and not pause_until:
+                pause_until = seconds + scale
+            elif code is not None and seconds >= pause_until:
+                poller, pause_until, runs = home.start(*arguments, before=before), 0.0, runs + 1
+            time.sleep(0.1)
+        assert poller.stop() in ((0, 1) if once else (0,)), poller.log()
+        assert "Traceback" not in poller.log(), poller.log()
+    finally:
+        poller.process.kill()
+        poller.process.wait()
+    return early, runs
+
+
 # --- the program ---------------------------------------------------------------------------------
 
 
@@ -228,14 +377,25 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--kills", type=int, metavar="N", help="kill the poller so many times")
     what.add_argument("--orders", type=int, metavar="N", help="let one process deliver so many orders")
-    parser.add_argument("--seed", type=int, metavar="S", help="of the kills; a random one if not given")
+    what.add_argument(
+        "--outage", type=int, metavar="N", help="let N orders meet every fault, without and with --once"
+    )
+    parser.add_argument(
+        "--longest", type=float, metavar="S", default=60, help="seconds of a fault at most (60)"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="S", help="of kills and faults; a random one if not given"
+    )
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="grafx-torture-"))
+    seed = random.randrange(10**6) if given.seed is None else given.seed
     try:
-        if given.kills:
-            seed = random.randrange(10**6) if given.seed is None else given.seed
+        if given.orders is None:
             print(f"seed {seed}, in {folder}", flush=True)
+        if given.kills:
             summary = kills(folder, given.kills, seed, progress())
+        elif given.outage:
+            summary = both_outages(folder, given.outage, given.longest, seed, progress())
         else:
             early, late, summary = endurance(folder, given.orders, min(2000, given.orders // 2), progress())
             assert late[0] <= early[0] + 2 * MIB and late[1] <= early[1], summary
