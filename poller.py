@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before the slow imports: until `run` has its own, 
 
 import argparse
 import contextlib
+import functools
 import heapq
 import ipaddress
 import itertools
@@ -51,14 +52,7 @@ PROGRESS = 10.0  # seconds between two log lines about one download
 MINUTE = 60.0  # seconds between two log lines about what many orders meet
 STATES = ("new", "rendering", "downloading", "delivered", "not handed over", "failing", "failed", "stuck")
 ALARM = 600.0  # seconds that all orders wait before it is an error
-HIDDEN = (
-    "SERVER_ID",
-    "SERVER_SECRET",
-    "SERVER_SECRET_FILE",
-    "FRONT_ID",
-    "FRONT_SECRET",
-    "CREDENTIALS_DIRECTORY",
-)
+HIDDEN = "SERVER_ID SERVER_SECRET SERVER_SECRET_FILE FRONT_ID FRONT_SECRET CREDENTIALS_DIRECTORY".split()
 
 log = logging.getLogger("poller")
 
@@ -177,7 +171,7 @@ def load_settings() -> Settings:
         raise SettingsError(str(error)) from None
     for name, read, default in READERS:
         if name in REQUIRED and name not in given:
-            wrong.append(f"{name} is missing: put {default} into {place()}")
+            wrong.append(f"{name} is missing: put {default} into {db.HERE / '.env'} or the environment")
             continue
         try:
             found[name.lower()] = read(given.get(name, default))
@@ -188,13 +182,6 @@ def load_settings() -> Settings:
     if wrong:
         raise SettingsError("\n".join(wrong))
     return Settings(**found)
-
-
-def place() -> str:
-    """Where the settings are, for who has to mend them."""
-    if "INVOCATION_ID" in os.environ:  # systemd.exec(5)
-        return "the service's environment, EnvironmentFile= of its unit"
-    return f"{db.HERE / '.env'} or the environment"
 
 
 def add_secret(given: dict[str, str]) -> None:
@@ -643,6 +630,12 @@ def kill(process: subprocess.Popen[bytes], how: int) -> None:
 # --- the loop --------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1000)  # so once for each
+def warn_of(entry: str) -> None:
+    """An entry of the file that is no order."""
+    log.warning("no task id, left alone in the database: %s", entry)
+
+
 class Poller:
     """The single loop, its threads, and what becomes of an order: one method for each outcome."""
 
@@ -712,8 +705,9 @@ class Poller:
             order.gone = order.task_id not in store.orders
         gone = [self.waiting.pop(task_id) for task_id in self.waiting.keys() - store.orders.keys()]
         for order in gone:
-            self.troubles.over(order, quiet=True)
-        self.telling.strange_ones(store.strange)
+            self.forget(order)
+        for entry in store.strange:
+            warn_of(entry)
         if self.ready:
             self.telling.came_and_went([self.waiting[task_id] for task_id in new], gone)
 
@@ -808,6 +802,8 @@ class Poller:
         self.ready = True
         if isinstance(answer, chili.AskAgainLater) and self.waiting:
             self.outage.begins(answer)
+        elif isinstance(answer, Exception) and not self.stopping:
+            log.warning("%s; it is tried again when an order waits", answer)
 
     def delivered(self, order: Order) -> None:
         """Its file is whole on the disk, and handed over: it may leave database.json."""
@@ -906,9 +902,14 @@ class Poller:
     def again(self, order: Order, pause: float) -> None:
         """Re-queue it, except where each order is asked about once, or where somebody took it out."""
         if order.gone:
-            self.troubles.over(order, quiet=True)
+            self.forget(order)
         elif not self.once:
             self.waiting.put(order, pause)
+
+    def forget(self, order: Order) -> None:
+        """Somebody took it out of the file."""
+        self.troubles.over(order, quiet=True)
+        self.not_refused(order)
 
     def stop(self) -> int:
         """Drop what is under way, write what came of the rest."""
@@ -938,7 +939,6 @@ class Telling:
         self.screen, self.lock = screen, lock
         self.states: Counter[str] = Counter()  # of the orders that wait
         self.results: Counter[str] = Counter()  # of all questions
-        self.strange: set[str] = set()  # entries of the file that were warned about
         self.last = self.note = ""  # the last delivery
         self.told = 0.0
         self.stale = True  # whether `states` are of before
@@ -959,13 +959,6 @@ class Telling:
                 continue
             for order in orders:
                 log.info("%s %s, project %s", order.task_id, what, order.project or "not given")
-
-    def strange_ones(self, entries: list[str]) -> None:
-        """Of the file: each is told once."""
-        for entry in entries:
-            if entry not in self.strange:
-                log.warning("no task id, left alone in the database: %s", entry)
-        self.strange = set(entries)
 
     def tell(self, poller: Poller) -> None:
         """Once a second, in a terminal five times while something is under way."""

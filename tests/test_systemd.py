@@ -224,7 +224,7 @@ def test_the_journal_gets_levels_and_no_times(home: Home, grafx: Sandbox) -> Non
         (6, " delivered: "),
         (4, "left alone"),
         (4, " waits: "),
-        (3, " failed"),
+        (3, " failed, project"),
         (3, "unexpected error"),
         (3, "Traceback"),
         (3, '  File "'),
