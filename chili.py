@@ -440,6 +440,7 @@ class Pace:
 
     SLOWER, FASTER = 2.0, 1.03
     LONGEST, SHORTEST = 1.0, 0.001  # seconds; below the shortest there is none
+    IDLE = 0.05  # seconds: longer than that it was not GraFx that was waited for
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -452,7 +453,7 @@ class Pace:
         with self._lock:
             now = time.monotonic()
             turn = max(now, self._last + self._between)
-            self._usual += (min(turn - self._last, self.LONGEST) - self._usual) / 8
+            self._usual += (min(turn - self._last, self.IDLE) - self._usual) / 8
             self._last = turn
         if turn > now:
             time.sleep(turn - now)

@@ -52,7 +52,8 @@ PROGRESS = 10.0  # seconds between two log lines about one download
 MINUTE = 60.0  # seconds between two log lines about what many orders meet
 STATES = ("new", "rendering", "downloading", "delivered", "not handed over", "failing", "failed", "stuck")
 ALARM = 600.0  # seconds that all orders wait before it is an error
-HIDDEN = "SERVER_ID SERVER_SECRET SERVER_SECRET_FILE FRONT_ID FRONT_SECRET CREDENTIALS_DIRECTORY".split()
+HIDDEN = ("SERVER_ID", "SERVER_SECRET", "SERVER_SECRET_FILE", "FRONT_ID", "FRONT_SECRET",
+          "CREDENTIALS_DIRECTORY")  # fmt: skip
 
 log = logging.getLogger("poller")
 
