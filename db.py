@@ -313,7 +313,7 @@ def version(path: Path) -> Version:
         return None
 
 
-def _version(stat: os.stat_result) -> Version:
+def _version(stat: os.stat_result) -> tuple[int, ...]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
@@ -501,9 +501,13 @@ def _replace(path: Path, pieces: Iterable[bytes], seen: Version) -> Version:
             # An editor knows nothing of the lock. What it saves after this look is lost.
             if version(path) != seen:
                 return None
+            written = _version(os.fstat(file.fileno()))
             temp.replace(path)
             sync_folder(path.parent)
-            return _version(os.fstat(file.fileno()))
+            now = _version(os.fstat(file.fileno()))
+            # The rename changed the last of it only. What else is new was saved in place since then,
+            # and is unknown to us.
+            return now if now[:-1] == written[:-1] else written
     except OSError as error:
         raise DatabaseError(f"cannot write {path}: {error.strerror}. {MEND}") from None
     finally:

@@ -384,6 +384,24 @@ def test_a_broken_file_is_said_once_and_left_as_it_is(
     assert content(database)["failing"] == {"c": REFUSED}
 
 
+def test_what_is_saved_in_place_just_after_a_write_is_noticed(
+    database: db.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a store or `cat` saves, before the poller has looked at what it wrote itself."""
+    real, mine = db.sync_folder, json.dumps({"orders": ["b", "typed"]})
+
+    def sync_folder(folder: Path) -> None:
+        if "a" not in content(database)["orders"]:  # else it is the folder of the list, which is new
+            database.path.write_text(mine)
+        real(folder)
+
+    monkeypatch.setattr(db, "sync_folder", sync_folder)
+    database.delivered["a"] = "a.png"
+    store = told(database, lambda store: "typed" in store.orders)
+    assert list(store.orders) == ["b", "typed"]
+    assert content(database)["orders"] == ["b", "typed"]
+
+
 def test_a_slow_writer_loses_nothing(database: db.Database, caplog: pytest.LogCaptureFixture) -> None:
     """It empties the file, takes its time, and writes it in pieces."""
     whole = json.dumps({"orders": ["a", "b", "c", "typed"]})
