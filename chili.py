@@ -789,6 +789,6 @@ def _unwritable(folder: Path, error: OSError) -> AskAgainLater:
     mends = {errno.ENOENT: ": make it", errno.ENOTDIR: ": make it a folder"}
     mends |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ": make room")
     mends |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), ": mend its permissions")
-    return AskAgainLater(
+    return CannotWrite(
         f"cannot write to {folder}: {error.strerror}{mends.get(error.errno or 0, '')}", shared=True
     )

@@ -376,6 +376,24 @@ def test_a_full_disk_only_makes_it_wait(home: Home) -> None:
     assert daemon.stop() == 0
 
 
+def test_a_folder_that_takes_no_file_is_over_with_a_delivery_and_not_before(home: Home) -> None:
+    """What GraFx answers meanwhile about others says nothing of the disk."""
+    rendering, done = home.grafx.add("never"), home.grafx.add()
+    home.wait_for(rendering)
+    daemon = home.start(before=QUICK)
+    eventually(lambda: asked(home.grafx, rendering))
+    home.orders.rmdir()
+    home.db("add", done)
+    daemon.says("all orders wait: cannot write to .*: make it")
+    count = len(asked(home.grafx, rendering))
+    eventually(lambda: len(asked(home.grafx, rendering)) > count + 3)
+    assert "over: " not in daemon.log()
+    home.orders.mkdir()
+    daemon.says(f"{done} delivered")
+    daemon.says("over: cannot write to")
+    assert daemon.stop() == 0
+
+
 # --- database.json while it runs -------------------------------------------------------------
 
 
