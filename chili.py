@@ -50,6 +50,7 @@ ANSWER_SIZE = 1024 * 1024  # bytes of an answer that is not a file; GraFx's are 
 LONGEST_PAUSE = 300.0  # seconds: the most that a Retry-After is obeyed
 TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed; and how long one is not doubted
 REDIRECTS = 5
+SUSPECTS = 8  # tasks in a row that may be refused by a token without that all have to wait
 SERVERS = 10  # whose connections are kept
 HEADERS = {"Accept": "application/json, */*", "Accept-Encoding": "identity", "User-Agent": "grafx-poller"}
 
@@ -576,7 +577,8 @@ class GraFx:
         )
         self.connections, self.pace = Connections(size), Pace()
         self.token = DangerousToken(self.connections, token_url, client_id, client_secret)
-        self._suspects: set[str] = set()  # addresses for which two tokens were refused, but not for others
+        self._suspects: set[str] = set()  # addresses for which two tokens in a row were refused
+        self._in_a_row = SUSPECTS  # such refusals, without a good answer in between
 
     def get(self, url: str) -> Answer:
         """GET, redirects followed; the token goes along to this environment's server and nowhere else.
@@ -614,7 +616,7 @@ class GraFx:
         answer = self.connections.ask(GRAFX, "GET", url, HEADERS | {"Authorization": f"Bearer {token.value}"})
         self.pace.heard(answer.status, turn)
         if answer.status < 400:
-            token.worked = True
+            token.worked, self._in_a_row = True, 0
             self._suspects.discard(url)
         return answer
 
@@ -623,17 +625,16 @@ class GraFx:
 
         `before` is the token that was refused just before this one, for the same address.
         """
-        suspect = url in self._suspects
         young = time.monotonic() < token.issued + TOKEN_MARGIN
-        if suspect and ((token.worked and young) or (before and before.worked)):
+        if url in self._suspects and ((token.worked and young) or (before and before.worked)):
             raise OrderRefused("GraFx takes the token for other tasks, but not for this one", 401)
-        if before is None:
-            return
-        if not before.worked:
-            raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared=True)
-        # The one before was good, so it may be this task. When others have used the new one, it shows.
-        self._suspects.add(url)
-        raise AskAgainLater("GraFx refuses a new token for this task: 401 Unauthorized")
+        if before:
+            # It may be this task; when others have used the new token, it shows. Where no other has been
+            # taken, or many in a row are refused, it is not.
+            self._suspects.add(url)
+            self._in_a_row += 1
+            shared = self._in_a_row > SUSPECTS
+            raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared)
 
 
 def try_out(grafx: GraFx) -> str:

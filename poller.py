@@ -652,7 +652,7 @@ class Poller:
             settings.baseurl, settings.environment, settings.token_url,
             settings.server_id, settings.server_secret, settings.concurrency,
         )  # fmt: skip
-        self.database = db.Database(settings.database)
+        self.database = db.Database(settings.database, once)
         # An order is in exactly one of these two, until it has ended: then it is an outcome in `database`.
         self.waiting = Waiting()
         self.asking: dict[str, Order] = {}

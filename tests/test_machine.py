@@ -366,24 +366,25 @@ def secrets(home: Home) -> None:
     assert "Traceback" not in poller.log(), poller.log()
 
     # Credentials that are refused in words that repeat them.
-    said = json.dumps({"error_description": f"unknown: {grafx.client_secret}"}).encode()
+    said = json.dumps(
+        {"error": "invalid_client", "error_description": f"unknown: {grafx.client_secret}"}
+    ).encode()
     grafx.fault("token", "status-401", times=None, body=said, content_type="application/json")
     for argument in ("--check", "--once"):
         assert home.run(argument, "-v", before=quick).process.returncode == 78
     grafx.clear_faults()
 
     # What another program that imports chili gets to see.
-    token, http = (
-        chili.DangerousToken(grafx.token_url, grafx.client_id, grafx.client_secret),
-        chili.Connections(1),
+    one = chili.GraFx(
+        grafx.base_url, grafx.environment, grafx.token_url, grafx.client_id, grafx.client_secret
     )
     for what in ("task", "download"):
         task_id = grafx.add(link=None)
         grafx.fault(what, "echo-token", task_id=task_id, times=None)
-        with pytest.raises(chili.OrderFailed) as caught:
-            chili.order_done(task_id, grafx.base_url, grafx.environment, token, http, home.orders)
+        with pytest.raises(chili.OrderRefused) as caught:
+            chili.order_done(task_id, one, home.orders)
         written[f"exception of the {what}"] = "".join(traceback.format_exception(caught.value)) + repr(
-            (caught.value, vars(caught.value), token, vars(http))
+            (caught.value, vars(caught.value), one.token, vars(one), vars(one.connections))
         )
         assert "secret" in written[f"exception of the {what}"], "the echo is gone, and nothing is tested"
 

@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -461,7 +462,7 @@ def test_any_depth(inside: str) -> None:
             lambda path: db.retry_orders(path=path),
         ]
         with left(("{" + inside % deep + "}").encode()) as path:
-            worked = [attempt(path, lambda change=change: change(path)) for change in changes]
+            worked = [attempt(path, partial(change, path)) for change in changes]
             assert deep in "".join(path.read_text().split())
             return worked
 
@@ -471,7 +472,7 @@ def test_any_depth(inside: str) -> None:
     while least < most - 1:
         depth = (least + most) // 2
         with left(("{" + inside % ("[" * depth + "]" * depth) + "}").encode()) as path:
-            least, most = (depth, most) if attempt(path, lambda path=path: db.read(path)) else (least, depth)
+            least, most = (depth, most) if attempt(path, partial(db.read, path)) else (least, depth)
     for depth in (least - 40, *range(least - 3, least + 3)):
         tries(depth)
 

@@ -50,8 +50,8 @@ def place(home: Home, task_ids: Iterable[str]) -> None:
 
 
 def hidden(folder: Path) -> set[str]:
-    """Temporary files; the locks are not, they are there for ever."""
-    return {path.name for path in folder.glob(".*") if path.suffix not in (".lock", ".pid")}
+    """Temporary files; the locks and the list of deliveries are not, they are there for ever."""
+    return {path.name for path in folder.glob(".*") if path.suffix not in (".lock", ".pid", ".delivered")}
 
 
 # --- kill -9 -------------------------------------------------------------------------------------
