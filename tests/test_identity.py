@@ -270,14 +270,18 @@ def test_tasks_that_always_answer_401_hold_up_nobody(home: Home) -> None:
     assert len(asked(home, what="token")) <= 2 + len(bad)
 
 
-def test_a_task_that_always_answers_401_fails_in_its_time_when_it_is_alone(home: Home) -> None:
-    """The token has worked for another one; that nobody else uses it now makes it no worse."""
+def test_a_task_alone_that_always_answers_401_waits_until_others_show_whose_fault_it_is(home: Home) -> None:
+    """It may be GraFx, so it has not failed; but neither do all wait, nor is a token fetched each time."""
     good, bad = home.grafx.add(), home.grafx.add()
     home.grafx.fault("task", "status-401", times=None, task_id=bad)
     home.wait_for(good)
     with daemon(home, 1, GIVE_UP_AFTER="1") as running:
         eventually(lambda: not home.waiting())
         home.wait_for(bad)
+        eventually(lambda: len(asked(home, bad)) > 15)
+        assert list(home.waiting()) == [bad]
+        assert len(asked(home, what="token")) <= 3
+        home.wait_for(bad, home.grafx.add())
         eventually(lambda: not home.waiting())
         assert home.failed()[bad]["status"] == 401
     assert "all orders wait" not in running.log()
