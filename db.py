@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -43,7 +44,6 @@ KEPT = 100_000  # deliveries that are remembered at least
 # What the poller writes into a failed record; an order's own fields of these names move to "order".
 RECORD = ("status", "error", "failed", "order")
 
-MEND = "Make room, or mend the folder's permissions."
 LEFT = "It is left as it is: mend it."
 
 Fields = dict[str, Any]
@@ -85,18 +85,24 @@ class Store:
 
 
 def settings() -> dict[str, str]:
-    """The environment over `.env` beside this file; an empty value counts as none."""
+    """The environment over `.env` beside this file; an empty variable counts as none."""
     try:
         # Not interpolated, as in the workshop's Node `dotenv`: a "$" in a secret is a "$".
         file = dotenv_values(HERE / ".env", interpolate=False, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DatabaseError(f"cannot read {HERE / '.env'}: {error}. Mend it or its permissions.") from None
-    return {name: value for name, value in {**file, **os.environ}.items() if value}
+    return {name: value for name, value in (*file.items(), *os.environ.items()) if value}
 
 
 def default_path() -> Path:
     """DATABASE of the settings, else `database.json`; beside this file, wherever one calls from."""
     return HERE / settings().get("DATABASE", "database.json")
+
+
+def mend(error: OSError) -> str:
+    """What to do about a file that cannot be made, read or written."""
+    mends = {errno.ENOENT: "Make the folder.", errno.ENOSPC: "Make room.", errno.EDQUOT: "Make room."}
+    return mends.get(error.errno or 0, "Mend the folder's permissions.")
 
 
 def is_task_id(value: object) -> bool:
@@ -422,7 +428,7 @@ def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
     try:
         file = os.fdopen(_open(place), "r+")
     except OSError as error:
-        raise DatabaseError(f"cannot lock {place}: {error.strerror}. {MEND}") from None
+        raise DatabaseError(f"cannot lock {place}: {error.strerror}. {mend(error)}") from None
     with file:
         deadline = time.monotonic() + patience
         while True:
@@ -437,7 +443,7 @@ def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
                         said = f"{path} is being written by {_holder(file)}, which holds {place}. Try again."
                     raise Busy(said) from None
             except OSError as error:
-                raise DatabaseError(f"cannot lock {place}: {error.strerror}. {MEND}") from None
+                raise DatabaseError(f"cannot lock {place}: {error.strerror}. {mend(error)}") from None
             time.sleep(0.01)
         take_note(file, "")
         try:
@@ -505,7 +511,7 @@ def _replace(path: Path, pieces: Iterable[bytes], seen: Version) -> Version:
             sync_folder(path.parent)
             return _version(os.fstat(file.fileno()))
     except OSError as error:
-        raise DatabaseError(f"cannot write {path}: {error.strerror}. {MEND}") from None
+        raise DatabaseError(f"cannot write {path}: {error.strerror}. {mend(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
@@ -597,7 +603,7 @@ class Deliveries:
         try:
             self._read_on()
         except OSError as error:
-            self._say(f"cannot read {self.path}: {error.strerror}. Nothing counts as delivered. {MEND}")
+            self._say(f"cannot read {self.path}: {error.strerror}. Mend that: nothing counts as delivered.")
 
     def _read_on(self) -> None:
         try:
@@ -660,7 +666,7 @@ class Deliveries:
                 sync_folder(self.path.parent)
             self._read_on()
         except OSError as error:
-            raise DatabaseError(f"cannot write {self.path}: {error.strerror}. {MEND}") from None
+            raise DatabaseError(f"cannot write {self.path}: {error.strerror}. {mend(error)}") from None
 
     def shorten(self, most: int) -> None:
         """Leave the newest KEPT lines where there are more than `most`. Says where that is not possible."""
@@ -752,8 +758,6 @@ class Database:
         """Read the file and the list. Raises DatabaseError."""
         store = self.watch.wait(PATIENCE)
         self.deliveries.shorten(KEPT)
-        if not self.deliveries.file and not self.deliveries.said:
-            log.info("%s is not there: no order counts as delivered before.", self.deliveries.path)
         self.failing = {key: dict(record) for key, record in store.failing.items() if key in store.orders}
         return self._shown(store, self._over(store))
 
@@ -1058,8 +1062,18 @@ def _retry_command(path: Path, task_id: str | None, since: datetime | None, stat
     print(f"{len(moved)} order{'s' * (len(moved) != 1)} will be asked about again")
 
 
+def open_streams() -> None:
+    """Where a standard stream was closed, as by 2>&-, no other file may take its place."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+
+
 def main() -> int:
     """`python db.py`. Exit code 0, or 1 with a message on stderr."""
+    open_streams()
     parser = argparse.ArgumentParser(prog="db.py", description="See and change the orders in database.json.")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("add", help="let the poller fetch a task's file")
@@ -1089,11 +1103,12 @@ def main() -> int:
             _list(path)
         else:
             _retry_command(path, given.task_id, given.since, given.status)
-    except (DatabaseError, ValueError) as error:
+        sys.stdout.flush()
+    except (DatabaseError, ValueError, OSError) as error:
         print(f"db.py: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # what could not be said, as into a full disk, is not tried again
