@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, cast
 
 from dotenv import dotenv_values
 
@@ -69,6 +69,7 @@ class Store:
     """What the file says. `orders`, `failing` and `failed` map a task id to its fields."""
 
     data: Fields
+    items: Any  # of `data`, the object or list that holds the orders
     orders: dict[str, Fields]
     strange: list[str]  # entries that are no order, each in one line
     version: Version  # of the file it was read from, see `version`
@@ -127,62 +128,52 @@ def _unique(pairs: list[tuple[str, Any]]) -> Fields:
     return found
 
 
-def _not_json(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _number(text: str) -> float:
     number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text[:40]} is too large for a number")
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is too large for a number, or none")
     return number
 
 
 def _parse(raw: bytes) -> Fields:
-    data = json.loads(
-        raw.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_not_json, parse_float=_number
-    )
-    if not isinstance(data, dict) or not all(
-        isinstance(data.get(key, {}), dict) for key in ("failing", "failed")
-    ):
-        raise ValueError('it must be an object, and so must its "failing" and "failed"')
-    return data
+    """Raises ValueError with what is wrong, RecursionError."""
+    if not raw.strip(b" \t\r\n\xef\xbb\xbf"):
+        # No empty store: an editor or a command may have emptied it, and may be about to write it.
+        raise ValueError("it is empty. Put back what was in it, or remove it")
+    try:
+        text = raw.decode("utf-8-sig")
+        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_number, parse_float=_number)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} is no UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+    for key in ("failing", "failed"):
+        if not isinstance(data, dict) or not isinstance(data.get(key, {}), dict):
+            raise ValueError('it must be an object, and so must its "failing" and "failed"')
+    return cast(Fields, data)
 
 
 def _text(data: Fields) -> bytes:
     """Each order on a line of its own, for `grep`, `sed` and the eye; all else indented by 4."""
-    parts = []
-    for key, value in data.items():
-        if key == "orders" and value is not _items(data):  # the workshop's Map
-            inner = [
-                f"{_line(k)}: {_lines(v, 8) if k == 'value' else _indented(v, 8)}" for k, v in value.items()
-            ]
-            text = _block(inner, "{}", 4)
-        else:
-            text = _lines(value, 4) if key in ("orders", "failing", "failed") else _indented(value, 4)
-        parts.append(f"{_line(key)}: {text}")
+    rows = [id(part) for part in (_items(data), data.get("failing"), data.get("failed"))]
     # backslashreplace: half a surrogate pair, which UTF-8 cannot hold, in JSON's own \uXXXX.
-    return (_block(parts, "{}", 0) + "\n").encode("utf-8", "backslashreplace")
+    return (_laid_out(data, "\n", rows) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _block(lines: list[str], ends: str, indent: int) -> str:
-    if not lines:
-        return ends
-    gap = "\n" + " " * indent
-    return ends[0] + ",".join(f"{gap}    {line}" for line in lines) + gap + ends[1]
-
-
-def _lines(value: Any, indent: int) -> str:
+def _laid_out(value: Any, start: str, rows: list[int]) -> str:
+    """`value` as JSON; `start` is how each of its lines starts, `rows` is whose entries stay on one."""
+    if not isinstance(value, (dict, list)) or not value:
+        return _line(value)
+    inner = start + "    "
+    parts: Iterable[Any] = value.values() if isinstance(value, dict) else value
+    lines = [_line(part) if id(value) in rows else _laid_out(part, inner, rows) for part in parts]
     if isinstance(value, dict):
-        return _block([f"{_line(key)}: {_line(item)}" for key, item in value.items()], "{}", indent)
-    return _block([_line(item) for item in value], "[]", indent)
+        lines = [f"{_line(key)}: {line}" for key, line in zip(value, lines, strict=True)]
+    before, after = "{}" if isinstance(value, dict) else "[]"
+    return before + inner + ("," + inner).join(lines) + start + after
 
 
-def _indented(value: Any, indent: int) -> str:
-    return json.dumps(value, indent=4, ensure_ascii=False).replace("\n", "\n" + " " * indent)
-
-
-# --- the shapes of "orders": an object, a list, or the workshop's {"dataType": "Map", "value": [ … ]} ---
+# --- the orders: in an object, a list, or the workshop's {"dataType": "Map", "value": [ … ]} ---
 
 
 def _objects(entries: Fields) -> dict[str, Fields]:
@@ -199,13 +190,21 @@ def _items(data: Fields) -> Any:
     return orders
 
 
-def _entry(item: Any) -> tuple[Any, Fields]:
-    """Task id and fields of an item of a list: an id, an object with `taskID`, or a pair of both."""
-    if isinstance(item, dict):
-        return item.get("taskID"), item
-    if isinstance(item, list):
-        return (item[0], item[1]) if len(item) == 2 and isinstance(item[1], dict) else (None, {})
-    return item, {}
+def _entry(item: Any) -> tuple[str | None, Fields]:
+    """Task id and fields of an entry; None where it is no order.
+
+    Of an object it is a key and its value; of a list an id, an object with `taskID`, or a pair of both.
+    """
+    task_id, fields = item, {}
+    if isinstance(item, tuple):
+        task_id, fields = item
+        if not isinstance(fields, dict):
+            fields = {} if fields is None else {"order": fields}
+    elif isinstance(item, dict):
+        task_id, fields = item.get("taskID"), item
+    elif isinstance(item, list) and len(item) == 2 and isinstance(item[1], dict):
+        task_id, fields = item
+    return (task_id, _own(task_id, fields)) if is_task_id(task_id) else (None, {})
 
 
 def _own(task_id: str, fields: Fields) -> Fields:
@@ -216,65 +215,68 @@ def _own(task_id: str, fields: Fields) -> Fields:
 
 
 def _store(data: Fields, version: Version) -> Store:
-    orders: dict[str, Fields] = {}
-    strange = []
     items = _items(data)
+    store = Store(data, items, {}, [], version)
     for item in items.items() if isinstance(items, dict) else items:
-        task_id, fields = item if isinstance(items, dict) else _entry(item)
-        if not is_task_id(task_id):
-            strange.append(_line(item))
-            continue
-        if not isinstance(fields, dict):
-            fields = {} if fields is None else {"order": fields}
-        fields = _own(task_id, fields)
-        orders[task_id] = fields | orders[task_id] if task_id in orders else fields
-    return Store(data, orders, strange, version)
+        task_id, fields = _entry(item)
+        if task_id is None:
+            store.strange.append(_line(item))
+        else:
+            known = store.orders.get(task_id)
+            store.orders[task_id] = fields | known if known else fields
+    return store
 
 
-def _only_ids(items: Any) -> bool:
-    return isinstance(items, list) and all(isinstance(item, str) for item in items)
+def _only_ids(store: Store) -> bool:
+    """Whether "orders" is a list of ids; then an order without fields is one as well."""
+    return isinstance(store.data["orders"], list) and all(isinstance(item, str) for item in store.items)
 
 
 def _put(store: Store, task_id: str, fields: Fields) -> None:
-    items = _items(store.data)
+    """Put an order in, in the shape that the file has."""
     fields = store.orders[task_id] = _own(task_id, fields)
-    if isinstance(items, dict):
-        items[task_id] = fields
-    elif items is not store.data["orders"]:
-        items.append([task_id, {"taskID": task_id, **fields}])
-    elif not fields and _only_ids(items):
-        items.append(task_id)
-    elif "taskID" in fields:  # somebody's own, of another meaning
-        items.append([task_id, fields])
+    if isinstance(store.items, dict):
+        store.items[task_id] = fields
+    elif not fields and _only_ids(store):
+        store.items.append(task_id)
+    elif "taskID" in fields or store.items is not store.data["orders"]:  # of another meaning; a Map
+        store.items.append([task_id, {"taskID": task_id, **fields}])
     else:
-        items.append({"taskID": task_id, **fields})
+        store.items.append({"taskID": task_id, **fields})
+
+
+def _add(store: Store, task_id: str, fields: Fields) -> None:
+    """Let a new order wait."""
+    if fields or not _only_ids(store):
+        fields = {**fields, "added": _now()}
+    _put(store, task_id, fields)
 
 
 def _take(store: Store, gone: Collection[str]) -> None:
-    items = _items(store.data)
     for task_id in gone:
         del store.orders[task_id]
-        if isinstance(items, dict):
-            del items[task_id]
-    if isinstance(items, list):
+        if isinstance(store.items, dict):
+            del store.items[task_id]
+    if gone and isinstance(store.items, list):
         gone = set(gone)
-        items[:] = [item for item in items if not (is_task_id(_entry(item)[0]) and _entry(item)[0] in gone)]
+        store.items[:] = [item for item in store.items if _entry(item)[0] not in gone]
 
 
 def _end(store: Store, delivered: Iterable[str], failed: Mapping[str, tuple[int | None, str]]) -> bool:
     """Take orders out, with what stands under "failing", and the failed ones in under "failed"."""
-    gone = [task_id for task_id in dict.fromkeys([*delivered, *failed]) if task_id in store.orders]
+    ended = {*delivered, *failed}
+    gone = [task_id for task_id in store.orders if task_id in ended]
     for task_id in gone:
         store.data.get("failed", {}).pop(task_id, None)
         if task_id in failed:
             fields, (status, error) = store.orders[task_id], failed[task_id]
             record = {key: value for key, value in fields.items() if key not in RECORD}
             record |= {"status": status, "error": error, "failed": _now()}
-            own = {key: fields[key] for key in RECORD if key in fields}
-            store.data.setdefault("failed", {})[task_id] = record | ({"order": own} if own else {})
+            if own := {key: fields[key] for key in RECORD if key in fields}:
+                record["order"] = own
+            store.data.setdefault("failed", {})[task_id] = record
     _take(store, gone)
-    stay = store.failing.keys() - set(gone)
-    _set_failing(store, {task_id: record for task_id, record in store.failing.items() if task_id in stay})
+    _set_failing(store, {key: record for key, record in store.failing.items() if key not in ended})
     return bool(gone)
 
 
@@ -284,19 +286,22 @@ def _revive(store: Store, task_id: str) -> None:
     fields = {key: value for key, value in record.items() if key not in RECORD[:3]}
     own = fields.get("order")
     if isinstance(own, dict) and own and own.keys() <= set(RECORD):  # by `_end`
-        fields = {key: value for key, value in fields.items() if key != "order"} | own
-    waiting = store.orders.get(task_id, {})
-    if task_id not in store.orders or fields.keys() - waiting.keys():
-        _take(store, store.orders.keys() & {task_id})
-        _put(store, task_id, fields | waiting)
+        del fields["order"]
+        fields |= own
+    waiting = store.orders.get(task_id)
+    if waiting is not None:
+        _take(store, [task_id])
+    _put(store, task_id, fields | (waiting or {}))
 
 
 def _set_failing(store: Store, records: dict[str, Fields]) -> bool:
     """Whether that changed something. What a person typed there that is no object stays."""
     if store.failing == records:
         return False
-    rest = {key: value for key, value in store.data.get("failing", {}).items() if not isinstance(value, dict)}
-    store.data["failing"] = rest | {key: dict(record) for key, record in records.items()}
+    typed = {
+        key: value for key, value in store.data.get("failing", {}).items() if not isinstance(value, dict)
+    }
+    store.data["failing"] = typed | {key: dict(record) for key, record in records.items()}
     if not store.data["failing"]:
         del store.data["failing"]
     return True
@@ -359,18 +364,11 @@ class Watch:
         self.there = True
         try:
             return _store(_parse(raw), seen)
-        except json.JSONDecodeError as error:
-            self.problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        except UnicodeDecodeError as error:
-            self.problem = f"byte {error.start + 1} is no UTF-8"
         except RecursionError:
             self.problem = "it is nested too deeply"
         except ValueError as error:
             self.problem = str(error)
         self.problem = f"{self.path}: {self.problem}. {LEFT}"
-        if not raw.strip(b" \t\r\n\xef\xbb\xbf"):
-            # No empty store: an editor or a command may have emptied it, and may be about to write it.
-            self.problem = f"{self.path}: it is empty. Put back what was in it, or remove it."
         self._refuse()
 
     def wait(self, patience: float) -> Store:
@@ -924,12 +922,6 @@ def add_order(task_id: str, project_id: str | None = None, path: Path | None = N
 
     _change(path, edit)
     return new
-
-
-def _add(store: Store, task_id: str, fields: Fields) -> None:
-    if fields or not (_items(store.data) is store.data["orders"] and _only_ids(store.data["orders"])):
-        fields = {**fields, "added": _now()}
-    _put(store, task_id, fields)
 
 
 def remove_order(task_id: str, path: Path | None = None) -> None:
