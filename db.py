@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, TextIO, cast
 
 from dotenv import dotenv_values
 
@@ -77,12 +77,12 @@ class Store:
     @property
     def failing(self) -> dict[str, Fields]:
         """The orders that GraFx refuses, but not yet for long enough; they wait as well."""
-        return _objects(self.data.get("failing", {}))
+        return _records(self.data, "failing")
 
     @property
     def failed(self) -> dict[str, Fields]:
         """The orders that nobody asks about any more."""
-        return _objects(self.data.get("failed", {}))
+        return _records(self.data, "failed")
 
 
 def settings() -> dict[str, str]:
@@ -105,12 +105,8 @@ def is_task_id(value: object) -> bool:
     return isinstance(value, str) and TASK_ID.fullmatch(value) is not None
 
 
-def _now() -> str:
-    return _stamp(datetime.now(timezone.utc))
-
-
-def _stamp(when: datetime) -> str:
-    return when.strftime("%Y-%m-%dT%H:%M:%SZ")
+def _stamp(when: datetime | None = None) -> str:
+    return (when or datetime.now(timezone.utc)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 # --- the text --------------------------------------------------------------------------------
@@ -176,8 +172,8 @@ def _laid_out(value: Any, start: str, rows: list[int]) -> str:
 # --- the orders: in an object, a list, or the workshop's {"dataType": "Map", "value": [ … ]} ---
 
 
-def _objects(entries: Fields) -> dict[str, Fields]:
-    return {key: value for key, value in entries.items() if isinstance(value, dict)}
+def _records(data: Fields, name: str) -> dict[str, Fields]:
+    return {key: value for key, value in data.get(name, {}).items() if isinstance(value, dict)}
 
 
 def _items(data: Fields) -> Any:
@@ -227,29 +223,23 @@ def _store(data: Fields, version: Version) -> Store:
     return store
 
 
-def _only_ids(store: Store) -> bool:
-    """Whether "orders" is a list of ids; then an order without fields is one as well."""
-    return isinstance(store.data["orders"], list) and all(isinstance(item, str) for item in store.items)
-
-
-def _put(store: Store, task_id: str, fields: Fields) -> None:
-    """Put an order in, in the shape that the file has."""
+def _put(store: Store, task_id: str, fields: Fields, new: bool = False) -> None:
+    """Put an order in, in the shape that the others have; `new` notes when."""
+    mapped = store.items is not store.data["orders"]
+    # In a list of nothing but ids, what has no fields is one as well.
+    bare = not fields and not isinstance(store.data["orders"], dict)
+    bare = bare and all(isinstance(item, str) for item in store.items)
+    if new and not bare:
+        fields = {**fields, "added": _stamp()}
     fields = store.orders[task_id] = _own(task_id, fields)
     if isinstance(store.items, dict):
         store.items[task_id] = fields
-    elif not fields and _only_ids(store):
+    elif bare:
         store.items.append(task_id)
-    elif "taskID" in fields or store.items is not store.data["orders"]:  # of another meaning; a Map
+    elif mapped or "taskID" in fields:  # somebody's own, of another meaning
         store.items.append([task_id, {"taskID": task_id, **fields}])
     else:
         store.items.append({"taskID": task_id, **fields})
-
-
-def _add(store: Store, task_id: str, fields: Fields) -> None:
-    """Let a new order wait."""
-    if fields or not _only_ids(store):
-        fields = {**fields, "added": _now()}
-    _put(store, task_id, fields)
 
 
 def _take(store: Store, gone: Collection[str]) -> None:
@@ -271,7 +261,7 @@ def _end(store: Store, delivered: Iterable[str], failed: Mapping[str, tuple[int 
         if task_id in failed:
             fields, (status, error) = store.orders[task_id], failed[task_id]
             record = {key: value for key, value in fields.items() if key not in RECORD}
-            record |= {"status": status, "error": error, "failed": _now()}
+            record |= {"status": status, "error": error, "failed": _stamp()}
             if own := {key: fields[key] for key in RECORD if key in fields}:
                 record["order"] = own
             store.data.setdefault("failed", {})[task_id] = record
@@ -296,12 +286,13 @@ def _revive(store: Store, task_id: str) -> None:
 
 def _set_failing(store: Store, records: dict[str, Fields]) -> bool:
     """Whether that changed something. What a person typed there that is no object stays."""
-    if store.failing == records:
+    old, kept = store.failing, {key: dict(record) for key, record in records.items()}
+    if old == kept:
         return False
-    typed = {
-        key: value for key, value in store.data.get("failing", {}).items() if not isinstance(value, dict)
+    stay = {
+        key: value for key, value in store.data.get("failing", {}).items() if key not in old or key in kept
     }
-    store.data["failing"] = typed | {key: dict(record) for key, record in records.items()}
+    store.data["failing"] = stay | kept
     if not store.data["failing"]:
         del store.data["failing"]
     return True
@@ -310,15 +301,12 @@ def _set_failing(store: Store, records: dict[str, Fields]) -> bool:
 # --- the file --------------------------------------------------------------------------------
 
 
-def version(path: Path) -> Version:
-    """What `stat` knows of the file's content, None where there is no file. Raises OSError."""
+def version(file: Path | int) -> Version:
+    """What `stat` knows of a file's content, None where there is no file. Raises OSError."""
     try:
-        return _version(path.stat())
+        stat = os.stat(file)  # noqa: PTH116 - of a path or of an open file
     except FileNotFoundError:
         return None
-
-
-def _version(stat: os.stat_result) -> Version:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
@@ -333,43 +321,45 @@ class Watch:
         self.path = path
         self.seen: Version = ()  # as it was at the last look
         self.since = 0.0  # when it was seen like that for the first time
-        # Whether a file was there; where there is a lock, somebody wrote one.
+        # Whether there was a file that is missed; where there is a lock, somebody wrote one.
         self.there = _beside(path, "lock").exists()
         self.problem = ""  # with what was seen: a broken file is parsed again only when it changed
 
     def changed(self) -> bool:
         """Whether there is something to read, or to say again."""
         try:
-            return bool(self.problem) or self._gone() or version(self.path) != self.seen
+            now = version(self.path)
         except OSError:
             return True
+        return now != self.seen or bool(self.problem) or (now is None and self.there)
 
     def read(self) -> Store:
         """Read the file now. Raises HalfSaved for what may be half saved."""
         try:
-            if self.problem and version(self.path) == self.seen:
-                self._refuse()
             with self.path.open("rb") as file:
-                seen, raw = _version(os.fstat(file.fileno())), file.read()
+                seen = version(file.fileno())
+                raw = b"" if self.problem and seen == self.seen else file.read()
         except FileNotFoundError:
-            seen, raw = None, b""
+            seen = None
         except OSError as error:
             self.seen, self.problem = (), ""
             raise DatabaseError(f"cannot read {self.path}: {error.strerror}. Mend its permissions.") from None
         if seen != self.seen:
-            self.seen, self.since = seen, time.monotonic()
-        self.problem = ""
-        if seen is None:
-            return self._missing()
+            self.seen, self.since, self.problem = seen, time.monotonic(), ""
+        young = time.monotonic() < self.since + SAVING
+        if seen is None:  # some editors rename a file away before they write the new one
+            if self.there and young:
+                raise HalfSaved(f"{self.path} was there and is missing. Put it back.")
+            self.there = False
+            return _store({"orders": {}, "failed": {}}, None)
         self.there = True
-        try:
-            return _store(_parse(raw), seen)
-        except RecursionError:
-            self.problem = "it is nested too deeply"
-        except ValueError as error:
-            self.problem = str(error)
-        self.problem = f"{self.path}: {self.problem}. {LEFT}"
-        self._refuse()
+        if not self.problem:
+            try:
+                return _store(_parse(raw), seen)
+            except (ValueError, RecursionError) as error:
+                what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+                self.problem = f"{self.path}: {what}. {LEFT}"
+        raise (HalfSaved if young else DatabaseError)(self.problem)
 
     def wait(self, patience: float) -> Store:
         """Read it, and look again for `patience` seconds while it may be half saved."""
@@ -381,21 +371,6 @@ class Watch:
                 if time.monotonic() >= deadline:
                     raise
             time.sleep(0.05)
-
-    def _gone(self) -> bool:
-        """Whether it was there and is missing, and that is not believed yet."""
-        return self.there and self.seen is None
-
-    def _missing(self) -> Store:
-        """An empty store; but some editors rename a file away before they write the new one."""
-        if self._gone() and time.monotonic() < self.since + SAVING:
-            raise HalfSaved(f"{self.path} was there and is missing. Put it back.")
-        self.there = False
-        return _store({"orders": {}, "failed": {}}, None)
-
-    def _refuse(self) -> NoReturn:
-        young = time.monotonic() < self.since + SAVING
-        raise (HalfSaved if young else DatabaseError)(self.problem)
 
 
 def read(path: Path, patience: float = PATIENCE) -> Store:
@@ -419,24 +394,14 @@ def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
     place = _beside(path, name)
     try:
         file = os.fdopen(_open(place), "r+")
+        mine = _locked(file, patience)
     except OSError as error:
         raise DatabaseError(f"cannot lock {place}: {error.strerror}. {MEND}") from None
     with file:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    if name == "pid":
-                        said = f"a poller with {path} runs already, as {_holder(file)}. One is enough."
-                    else:
-                        said = f"{path} is being written by {_holder(file)}, which holds {place}. Try again."
-                    raise Busy(said) from None
-            except OSError as error:
-                raise DatabaseError(f"cannot lock {place}: {error.strerror}. {MEND}") from None
-            time.sleep(0.01)
+        if not mine and name == "pid":
+            raise Busy(f"a poller with {path} runs already, as {_holder(file)}. One is enough.")
+        if not mine:
+            raise Busy(f"{path} is being written by {_holder(file)}, which holds {place}. Try again.")
         take_note(file, "")
         try:
             yield file
@@ -444,15 +409,24 @@ def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
+def _locked(file: TextIO, patience: float) -> bool:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+        time.sleep(0.01)
+
+
 def _holder(lock: TextIO) -> str:
     pid = lock.readline().partition(" ")[0].strip()
-    if not pid.isdecimal():
-        return "another process"
     try:
-        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
-    except OSError:  # no Linux, or not for us to know
-        return f"process {pid}"
-    return f"process {pid} ({name})"
+        return f"process {pid} ({Path(f'/proc/{int(pid)}/comm').read_text(errors='replace').strip()})"
+    except (ValueError, OSError):  # nothing is noted, no Linux, or not for us to know
+        return f"process {pid or 'unknown'}"
 
 
 def take_note(lock: TextIO, note: str) -> None:
@@ -474,26 +448,25 @@ def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> St
         store = watch.wait(patience)
         if not edit(store):
             return store
+        watch.seen = ()  # until it is written, nobody knows what was read
         try:
-            written = _replace(watch.path, [_text(store.data)], store.version)
-        except (DatabaseError, RecursionError) as error:
-            watch.seen = ()  # what was read is not known to anybody yet
-            if isinstance(error, DatabaseError):
-                raise
+            written = _replace(watch.path, _text(store.data), store.version)
+        except RecursionError:
             raise DatabaseError(f"{watch.path}: it is nested too deeply. {LEFT}") from None
         if written:
-            watch.seen, watch.there, store.version = written, True, written
+            watch.seen = store.version = written
+            watch.there = True
             return store
 
 
-def _replace(path: Path, pieces: Iterable[bytes], seen: Version) -> Version:
+def _replace(path: Path, content: bytes, seen: Version) -> Version:
     """Put a new file in the place of `path`, in one step; None where that is no longer as `seen`."""
     temp = path.with_name(f".{path.name.removeprefix('.')}.tmp")  # one, however many are killed
     try:
         temp.unlink(missing_ok=True)
         with temp.open("xb") as file:
             _dress(file.fileno(), path)
-            file.writelines(pieces)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
             # An editor knows nothing of the lock. What it saves after this look is lost.
@@ -501,7 +474,7 @@ def _replace(path: Path, pieces: Iterable[bytes], seen: Version) -> Version:
                 return None
             temp.replace(path)
             sync_folder(path.parent)
-            return _version(os.fstat(file.fileno()))
+            return version(file.fileno())
     except OSError as error:
         raise DatabaseError(f"cannot write {path}: {error.strerror}. {MEND}") from None
     finally:
@@ -578,17 +551,13 @@ class Deliveries:
     def __init__(self, database: Path) -> None:
         self.database = database
         self.path = _beside(database, "delivered")
+        self.file: tuple[int, int] | None = None  # that was read: another one is read anew
+        self.lines = self.end = 0  # read so far, and up to which byte
         self.ids: set[str] = set()
-        self.lines = 0  # read so far, and
-        self.end = 0  # up to which byte
-        self.file: tuple[int, int] | None = None  # of which file: another one is read anew
         self.said: set[str] = set()
 
     def __contains__(self, task_id: object) -> bool:
         return task_id in self.ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def refresh(self) -> None:
         """Read what was appended since; where that cannot be done, say so once and go on without."""
@@ -599,40 +568,35 @@ class Deliveries:
 
     def _read_on(self) -> None:
         try:
-            stat, rubbish = self.path.stat(), 0
-            if (stat.st_dev, stat.st_ino) != self.file or stat.st_size < self.end:
-                self._forget()
-            if stat.st_size == self.end:
-                return
-            with self.path.open("rb") as file:
-                stat = os.fstat(file.fileno())
-                if (stat.st_dev, stat.st_ino) != self.file:
-                    self._forget()
-                    self.file = stat.st_dev, stat.st_ino
-                file.seek(self.end)
-                for line in file:
-                    if line.endswith(b"\n"):
-                        self.lines, self.end = self.lines + 1, self.end + len(line)
-                        rubbish += not self._know(line)
+            file = self.path.open("rb")
         except FileNotFoundError:
             if self.file:
                 self._say(f"{self.path} was taken away: what was delivered before counts as never delivered.")
-            self._forget()
+            self._begin(None)
             return
-        if rubbish:
-            self._say(f"{self.path}: lines that speak of no delivery are passed over.")
+        with file:
+            stat = os.fstat(file.fileno())
+            if (stat.st_dev, stat.st_ino) != self.file or stat.st_size < self.end:
+                self._begin((stat.st_dev, stat.st_ino))
+            file.seek(self.end)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self.lines, self.end = self.lines + 1, self.end + len(line)
+                    self._know(line)
 
-    def _know(self, line: bytes) -> bool:
-        match = self.LINE.fullmatch(line)
-        if match and match[3] == b"-":
-            self.ids.discard(match[2].decode())
-        elif match:
-            self.ids.add(match[2].decode())
-        return bool(match or line == b"\n")
-
-    def _forget(self) -> None:
+    def _begin(self, file: tuple[int, int] | None) -> None:
         self.ids.clear()
-        self.lines, self.end, self.file = 0, 0, None
+        self.file, self.lines, self.end = file, 0, 0
+
+    def _know(self, line: bytes) -> None:
+        match = self.LINE.fullmatch(line)
+        if not match:
+            if line != b"\n":
+                self._say(f"{self.path}: lines that speak of no delivery are passed over.")
+        elif match[3] == b"-":
+            self.ids.discard(match[2].decode())
+        else:
+            self.ids.add(match[2].decode())
 
     def _say(self, problem: str) -> None:
         if problem not in self.said:
@@ -644,13 +608,13 @@ class Deliveries:
 
         Raises DatabaseError; then they may be noted in part, and can be noted again.
         """
-        text = "".join(f"{_now()} {task_id} {name or '?'}\n" for task_id, name in files.items())
+        lines = [f"{_stamp()} {task_id} {name or '?'}\n" for task_id, name in files.items()]
         try:
             with os.fdopen(_open(self.path), "r+b", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-                    text = "\n" + text  # the line that was cut off stays apart
-                rest = text.encode("utf-8", "backslashreplace")
+                    lines.insert(0, "\n")  # the line that was cut off stays apart
+                rest = "".join(lines).encode("utf-8", "backslashreplace")
                 while rest:  # in one piece, but where the disk is just full
                     rest = rest[file.write(rest) :]
                 os.fsync(file.fileno())
@@ -667,12 +631,11 @@ class Deliveries:
             return
         try:
             with lock(self.database, "lock", 1.0), self.path.open("rb") as file:
-                seen = _version(os.fstat(file.fileno()))
+                seen = version(file.fileno())
                 self.refresh()
                 for _ in range(self.lines - KEPT):
                     file.readline()
-                pieces = iter(lambda: file.read(min(1 << 20, self.end - file.tell())), b"")
-                _replace(self.path, pieces, seen)
+                _replace(self.path, file.read(self.end - file.tell()), seen)
         except Busy:
             pass  # the next time will do
         except (DatabaseError, OSError) as error:
@@ -681,16 +644,12 @@ class Deliveries:
 
     def last(self, task_id: str) -> tuple[str, str] | None:
         """When an order was delivered (UTC) and as which file, without making sense of all of the list."""
-        text, word = b"", f" {task_id} ".encode()
-        with contextlib.suppress(OSError):
-            text = self.path.read_bytes()
-        at = text.rfind(b"\n") + 1
-        while (at := text.rfind(word, 0, at)) >= 0:
-            match = self.LINE.match(text, text.rfind(b"\n", 0, at) + 1)
-            if match and match[2] == word.strip():
-                name = match[3].decode("utf-8", "replace")
-                return None if name == "-" else (match[1].decode(), name)
-        return None
+        last, word = None, f" {task_id} ".encode()
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            for line in file:
+                if word in line and (match := self.LINE.fullmatch(line)) and match[2] == word.strip():
+                    last = match
+        return (last[1].decode(), last[3].decode("utf-8", "replace")) if last and last[3] != b"-" else None
 
     def since(self, when: datetime) -> tuple[int, str]:
         """How many deliveries there were since then, and the last line of all."""
@@ -917,7 +876,7 @@ def add_order(task_id: str, project_id: str | None = None, path: Path | None = N
         nonlocal new
         new = task_id not in store.orders and not Deliveries(path).last(task_id)
         if new:
-            _add(store, task_id, {"projectID": project_id} if project_id else {})
+            _put(store, task_id, {"projectID": project_id} if project_id else {}, new=True)
         return new
 
     _change(path, edit)
@@ -969,7 +928,7 @@ def retry_orders(
             if task_id in failed:
                 _revive(store, task_id)
             elif task_id not in store.orders:
-                _add(store, task_id, {})
+                _put(store, task_id, {}, new=True)
         return bool(moved)  # also where it waits already: the running poller notices by that
 
     _change(path, edit)
