@@ -687,18 +687,12 @@ class Database:
     """
 
     def __init__(self, path: Path, once: bool = False) -> None:
-        self.watch = Watch(path)
+        self.path, self.watch, self.deliveries = path, Watch(path), Deliveries(path)
         self.once = once  # then the file is read at the start only
-        self.deliveries = Deliveries(path)
         self.failing: dict[str, Fields] = {}
         self.delivered: dict[str, str] = {}  # these two only until they are written
         self.failed: dict[str, tuple[int | None, str]] = {}
         self._turn = _Turn()
-
-    @property
-    def path(self) -> Path:
-        """`database.json` itself."""
-        return self.watch.path
 
     @property
     def problem(self) -> str:
@@ -712,7 +706,7 @@ class Database:
         if not self.deliveries.file and not self.deliveries.said:
             log.info("%s is not there: no order counts as delivered before.", self.deliveries.path)
         self.failing = {key: dict(record) for key, record in store.failing.items() if key in store.orders}
-        return self._shown(store, self._over(store))
+        return self._shown(store)
 
     def sync(self, soon: bool) -> Store | None:
         """Write what came of the orders, and see what others changed; what is new, or None.
@@ -720,16 +714,15 @@ class Database:
         soon: nothing else is under way, so what is to be written need not wait for more.
         A problem is logged once, and once when it is over; meanwhile nothing is lost or forgotten.
         """
-        turn, now = self._turn, time.monotonic()
+        turn, now, store = self._turn, time.monotonic(), None
         look = now >= turn.look
         if look:
             turn.look = now + LOOK
         if self.delivered and (look or "list" not in turn.problems):
             self._note()
-        store = None
         if now >= turn.write and (look or (soon and "database" not in turn.problems)) and self._unwritten():
             store = self._tried(self._write)
-        if look and store is None and not self.once:
+        if look and not store and not self.once:
             store = self._tried(self._read)
         return store
 
@@ -749,8 +742,7 @@ class Database:
         try:
             self.deliveries.add(self.delivered)
         except DatabaseError as error:
-            self._complain("list", str(error))
-            return
+            return self._complain("list", str(error))
         self._complain("list", "")
         self.delivered.clear()
         self._turn.over = True
@@ -765,37 +757,33 @@ class Database:
         return {task_id: record for task_id, record in self.failing.items() if task_id in orders}
 
     def _tried(self, step: Callable[[], Store | None]) -> Store | None:
-        turn = self._turn
+        turn, store = self._turn, None
         try:
             store = step()
+            if not self._unwritten():
+                self._complain("database", "")
         except Busy as error:  # somebody writes, or waits for an editor: no problem yet
             now = time.monotonic()
             turn.busy, turn.write = min(turn.busy, now), now + 0.2
             if now >= turn.busy + PATIENCE and "lock" not in turn.problems:
                 self._complain("lock", str(error), logging.WARNING)
-            return None
         except HalfSaved:
-            return None
+            pass
         except DatabaseError as error:
             self._complain("database", str(error))
-            return None
-        if not self._unwritten():
-            self._complain("database", "")
         return store
 
     def _write(self) -> Store:
         turn = self._turn
         with lock(self.path, "lock", 0.2):
-            turn.busy = math.inf
+            turn.busy, begun = math.inf, time.monotonic()
             self._complain("lock", "")
-            begun = time.monotonic()
             try:
                 store = _rewrite(self.watch, self._settle, 0)
             finally:
-                now = time.monotonic()
-                turn.write = now + (SHARE - 1) * (now - begun)
+                turn.write = begun + SHARE * (time.monotonic() - begun)
         self.failed.clear()
-        return self._shown(store, set())
+        return self._shown(store)
 
     def _settle(self, store: Store) -> bool:
         """Under the lock: let the file say what came of the orders; whether that changed it."""
@@ -806,10 +794,7 @@ class Database:
         return _set_failing(store, self._refused(store.orders)) or changed
 
     def _read(self) -> Store | None:
-        if not self.watch.changed():
-            return None
-        store = self.watch.read()
-        return self._shown(store, self._over(store))
+        return self._shown(self.watch.read()) if self.watch.changed() else None
 
     def _over(self, store: Store) -> set[str]:
         """The orders of the file that are delivered; says which of them somebody brought back.
@@ -817,25 +802,23 @@ class Database:
         The list is read after the file: `retry` writes to the list first, so that what it puts into
         the file is never taken out again for an older line.
         """
-        turn = self._turn
         self.deliveries.refresh()
-        over = {task_id for task_id in store.orders if task_id in self.deliveries}
-        back = over - turn.orders
-        turn.orders = set(store.orders)
+        over = store.orders.keys() & self.deliveries.ids
+        back = over - self._turn.orders
+        self._turn.orders = set(store.orders)
         if back:
             what = f"{len(back)} orders that had been delivered were"
             if len(back) == 1:
-                what = f"{next(iter(back))} had been delivered and was"
+                what = f"{back.pop()} had been delivered and was"
             log.warning("%s brought back, by hand or by a store; taken out", what)
         return over
 
-    def _shown(self, store: Store, over: set[str]) -> Store:
-        """Remember what the file has; what of it is the loop's business."""
-        turn = self._turn
-        turn.orders, turn.failing, turn.over = set(store.orders), store.failing, bool(over)
-        hidden = over | self.delivered.keys() | self.failed.keys()
-        if hidden:
-            store.orders = {key: fields for key, fields in store.orders.items() if key not in hidden}
+    def _shown(self, store: Store) -> Store:
+        """Remember what the file has; only what has not ended is the loop's business."""
+        over = self._over(store)
+        self._turn.failing, self._turn.over = store.failing, bool(over)
+        for task_id in (over | self.delivered.keys() | self.failed.keys()) & store.orders.keys():
+            del store.orders[task_id]
         return store
 
     def _complain(self, what: str, problem: str, level: int = logging.ERROR) -> None:
@@ -936,13 +919,11 @@ def retry_orders(
 
 
 def _matches(record: Fields, since: datetime | None, status: int | None) -> bool:
-    if since:
-        try:
-            if utc(str(record.get("failed"))) < since:
-                return False
-        except ValueError:
-            return False
-    return status is None or record.get("status") == status
+    try:
+        late = since is None or utc(str(record.get("failed"))) >= since
+    except ValueError:  # typed by somebody
+        late = False
+    return late and status in (None, record.get("status"))
 
 
 def utc(text: str) -> datetime:
@@ -954,35 +935,30 @@ def utc(text: str) -> datetime:
 # --- python db.py ----------------------------------------------------------------------------
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def _cell(fields: Fields, key: str) -> str:
-    value = fields.get(key)
+def _cell(value: object) -> str:
     return " ".join(str(value).split()) if isinstance(value, (str, int)) else ""
 
 
+def _show(name: str, orders: dict[str, Fields], *keys: str) -> None:
+    print(f"{len(orders)} {name}")
+    if orders:
+        rows = [[task_id, *(_cell(fields.get(key)) for key in keys)] for task_id, fields in orders.items()]
+        rows.insert(0, ["order", *keys])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        print(*("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows), "", sep="\n")
+
+
 def _list(path: Path) -> None:
-    store = read(path)
-    deliveries, failing, failed = Deliveries(path), store.failing, store.failed
+    store, deliveries = read(path), Deliveries(path)
     deliveries.refresh()
     waiting = {key: fields for key, fields in store.orders.items() if key not in deliveries}
-    refused = {key: fields | failing[key] for key, fields in waiting.items() if key in failing}
+    refused = {key: waiting.pop(key) | record for key, record in store.failing.items() if key in waiting}
     print(path)
-    for name, orders, keys in (
-        ("waiting", {key: waiting[key] for key in waiting if key not in refused}, ("projectID", "added")),
-        ("failing", refused, ("projectID", "since", "status", "error")),
-        ("failed", failed, ("projectID", "failed", "status", "error")),
-    ):
-        print(f"{len(orders)} {name}")
-        if orders:
-            rows = [(task_id, *(_cell(fields, key) for key in keys)) for task_id, fields in orders.items()]
-            print(_table([("order", *keys), *rows]) + "\n")
+    _show("waiting", waiting, "projectID", "added")
+    _show("failing", refused, "projectID", "since", "status", "error")
+    _show("failed", store.failed, "projectID", "failed", "status", "error")
     with contextlib.suppress(OSError):
-        note = _beside(path, "pid").read_text().partition(" ")[2].strip()
-        if note:
+        if note := _beside(path, "pid").read_text().partition(" ")[2].strip():
             print(f"the poller said last: {note}")
     for item in store.strange:
         print(f"no order, left alone: {' '.join(item.split())}")
@@ -990,39 +966,39 @@ def _list(path: Path) -> None:
     print(f"{count} delivered in the last 24 hours, the last: {last or 'none yet'}")
 
 
-def _add_command(path: Path, task_id: str, project: str | None) -> None:
-    if add_order(task_id, project, path):
-        print(f"{task_id} waits now, in {path}")
-    elif delivered := Deliveries(path).last(task_id):
-        raise ValueError(
-            f"{task_id} was delivered at {delivered[0]}, as {delivered[1]}."
-            f" To have it again: python db.py retry {task_id}"
-        )
+def _run(given: argparse.Namespace, path: Path) -> None:
+    if given.command == "list":
+        return _list(path)
+    task_id = given.task_id
+    if given.command == "add":
+        if add_order(task_id, given.project, path):
+            print(f"{task_id} waits now, in {path}")
+        elif delivered := Deliveries(path).last(task_id):
+            again = f"To have it again: python db.py retry {task_id}"
+            raise ValueError(f"{task_id} was delivered at {delivered[0]}, as {delivered[1]}. {again}")
+        else:
+            print(f"{task_id} waited already, in {path}")
     else:
-        print(f"{task_id} waited already, in {path}")
-
-
-def _retry_command(path: Path, task_id: str | None, since: datetime | None, status: int | None) -> None:
-    moved = retry_orders([task_id] if task_id else None, path, since, status)
-    if task_id and not moved:
-        raise ValueError(f"{task_id} has neither failed nor been delivered; python db.py list shows what has")
-    print(f"{len(moved)} order{'s' * (len(moved) != 1)} will be asked about again")
+        moved = retry_orders([task_id] if task_id else None, path, given.since, given.status)
+        if task_id and not moved:
+            raise ValueError(
+                f"{task_id} has neither failed nor been delivered; python db.py list shows what has"
+            )
+        print(f"{len(moved)} order{'s' * (len(moved) != 1)} will be asked about again")
 
 
 def main() -> int:
     """`python db.py`. Exit code 0, or 1 with a message on stderr."""
     parser = argparse.ArgumentParser(prog="db.py", description="See and change the orders in database.json.")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="show what waits, what GraFx refuses, what has failed or was delivered")
     add = commands.add_parser("add", help="let the poller fetch a task's file")
     add.add_argument("task_id", metavar="TASK_ID", help="what GraFx answered as data.taskId")
     add.add_argument("--project", metavar="ID", help="kept with the order as projectID")
-    commands.add_parser("list", help="show what waits, what GraFx refuses, what has failed or was delivered")
     retry = commands.add_parser("retry", help="ask about failed orders again, or deliver one again")
     retry.add_argument("task_id", metavar="TASK_ID", nargs="?", help="one that failed or was delivered")
     retry.add_argument("--all", action="store_true", help="all that failed")
-    retry.add_argument(
-        "--since", metavar="UTC", type=utc, help="those that failed since then, say 2026-01-31T12:00:00Z"
-    )
+    retry.add_argument("--since", metavar="UTC", type=utc, help="those since then, say 2026-01-31T12:00:00Z")
     retry.add_argument("--status", metavar="N", type=int, help="those that failed with this HTTP status")
     given = parser.parse_args()
     if given.command == "retry":
@@ -1033,13 +1009,7 @@ def main() -> int:
     for name in (signal.SIGPIPE, signal.SIGINT):  # `db.py list | head` and Ctrl-C are no errors
         signal.signal(name, signal.SIG_DFL)
     try:
-        path = _real(None)
-        if given.command == "add":
-            _add_command(path, given.task_id, given.project)
-        elif given.command == "list":
-            _list(path)
-        else:
-            _retry_command(path, given.task_id, given.since, given.status)
+        _run(given, _real(None))
     except (DatabaseError, ValueError) as error:
         print(f"db.py: {error}", file=sys.stderr)
         return 1
