@@ -49,9 +49,8 @@ PIECE = 64 * 1024  # bytes; with ANSWER_TIME: slower than 1 KiB/s counts as stuc
 ANSWER_SIZE = 1024 * 1024  # bytes of an answer that is not a file; GraFx's are below 10 kB
 LONGEST_PAUSE = 300.0  # seconds: the most that a Retry-After is obeyed
 TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
-DOUBT = 60.0  # seconds: so young a token is not given up for a task that was refused before
 REDIRECTS = 5
-SUSPECTS = 8  # tasks in a row that may be refused by a token without that all have to wait
+NOBODYS = "00000000-0000-0000-0000-000000000000"  # no task has this id
 SERVERS = 10  # whose connections are kept
 HEADERS = {"Accept": "application/json, */*", "Accept-Encoding": "identity", "User-Agent": "grafx-poller"}
 
@@ -558,34 +557,6 @@ class DangerousToken:
         return _Token(value, now, now + lasts - min(TOKEN_MARGIN, lasts / 2), now + lasts)
 
 
-class Doubts:
-    """Whose fault a 401 is: the token's as a rule, or the task's, or GraFx takes no token at all."""
-
-    def __init__(self) -> None:
-        self._taken = False  # a token, ever
-        self._in_a_row: set[str] = set()  # addresses refused since a token was taken for another one
-        self._suspects: set[str] = set()  # addresses for which two tokens were refused on end
-
-    def good(self, url: str, token: _Token) -> None:
-        token.worked = self._taken = True
-        self._in_a_row.clear()
-        self._suspects.discard(url)
-
-    def refused(self, url: str, token: _Token, before: _Token | None) -> None:
-        """Returns where a new token is worth a try; else raises AskAgainLater or OrderRefused.
-
-        before: the token that was refused just before this one, for the same address.
-        """
-        self._in_a_row.add(url)
-        shared = not self._taken or len(self._in_a_row) > SUSPECTS
-        suspect, young = url in self._suspects, time.monotonic() < token.issued + DOUBT
-        if suspect and ((token.worked and young) or (before and before.worked)):
-            raise OrderRefused("GraFx takes the token for other tasks, but not for this one", 401)
-        if before or (suspect and young and not shared):
-            self._suspects.add(url)  # when others have used the new token, it shows
-            raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared)
-
-
 # --- one environment -------------------------------------------------------------------------
 
 
@@ -611,7 +582,6 @@ class GraFx:
         )
         self.connections, self.pace = Connections(size), Pace()
         self.token = DangerousToken(self.connections, token_url, client_id, client_secret)
-        self._doubts = Doubts()
 
     def get(self, url: str) -> Answer:
         """GET, redirects followed; the token goes along to this environment's server and nowhere else.
@@ -633,7 +603,7 @@ class GraFx:
                 answer = self._ask_home(url, token)
                 if answer.status == 401:
                     with answer:
-                        self._doubts.refused(url, token, refused)
+                        self._whose_fault(token, refused)
                     refused = token
                     continue
             if not answer.redirects:
@@ -646,15 +616,27 @@ class GraFx:
         turn = self.pace.wait()
         answer = self.connections.ask(GRAFX, "GET", url, HEADERS | {"Authorization": f"Bearer {token.value}"})
         self.pace.heard(answer.status, turn)
-        if answer.status < 400:
-            self._doubts.good(url, token)
+        token.worked = token.worked or answer.status < 400
         return answer
+
+    def _whose_fault(self, token: _Token, before: _Token | None) -> None:
+        """A 401: returns where a new token is worth a try; else raises OrderRefused, AskAgainLater.
+
+        before: the token that was refused just before this one, for the same address. A task that cannot
+        exist shows whether GraFx takes the token: if so, it is the order's own refusal.
+        """
+        if before or token.worked:
+            with self._ask_home(self.tasks + NOBODYS, token) as answer:
+                if answer.status != 401:
+                    raise OrderRefused("GraFx takes the token for other tasks, but not for this one", 401)
+        if before:
+            raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared=True)
 
 
 def try_out(grafx: GraFx) -> str:
     """Ask about a task that cannot exist; returns what is fine. Raises AskAgainLater, OrderRefused."""
     mend = "look at BASEURL and ENVIRONMENT, and whether the integration may read output"
-    with grafx.get(grafx.tasks + "00000000-0000-0000-0000-000000000000") as answer:
+    with grafx.get(grafx.tasks + NOBODYS) as answer:
         if origin(answer.url) != grafx.home:
             raise AskAgainLater(f"{grafx.base_url} redirects to {origin(answer.url)[1]}: look at BASEURL")
         said = answer.json()
