@@ -120,17 +120,20 @@ def test_a_render_a_download_and_an_outage(
         assert line.endswith("Connection refused | 3 new, 1 failing")
 
 
-def test_no_more_than_the_line_of_letters_that_are_wide(
-    home: Home, terminal: Callable[..., Terminal]
-) -> None:
-    """Each takes two columns, so that the line would break, and leave a copy of itself each time."""
+def test_one_order_that_is_stuck_hides_nothing(home: Home, terminal: Callable[..., Terminal]) -> None:
+    home.wait_for(home.grafx.add("never"), home.grafx.add(link="http://127.0.0.1:1/file"))
+    shown = terminal(80)
+    shown.shows(r"1 rendering, 1 stuck \| asks in \d+ s \| 1 stuck: the download's server is unr")
+
+
+def test_letters_that_are_wide_do_not_break_the_line(home: Home, terminal: Callable[..., Terminal]) -> None:
+    """Each takes two columns; a line that breaks leaves a copy of itself each time."""
     home.wait_for(home.grafx.add())
-    words = "没有纸" * 20
-    shown = terminal(60, QUICK, ON_DONE=f"sh -c 'echo {words}; exit 1'")
-    shown.shows("1 stuck: ON_DONE ended with 1, it said: 没有")
+    shown = terminal(100, QUICK, ON_DONE=f"sh -c 'echo {'没有纸' * 20}; exit 1'")
+    shown.shows(r"1 not handed over \| asks in \d+ s \| 1 stuck: ON_DONE ended")
     for _ in range(20):
         lines = shown.look()
-        assert len([line for line in lines if line.startswith("1 stuck")]) == 1, lines
+        assert len([line for line in lines if line.startswith("1 not")]) == 1, lines
 
 
 def test_a_terminal_that_is_made_narrower_has_no_copies(home: Home, tmp_path: Path) -> None:
