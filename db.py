@@ -25,7 +25,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -77,12 +78,15 @@ class Store:
     @property
     def failing(self) -> dict[str, Fields]:
         """The orders that GraFx refuses, but not yet for long enough; they wait as well."""
-        return _records(self.data, "failing")
+        return self._records("failing")
 
     @property
     def failed(self) -> dict[str, Fields]:
         """The orders that nobody asks about any more."""
-        return _records(self.data, "failed")
+        return self._records("failed")
+
+    def _records(self, name: str) -> dict[str, Fields]:
+        return {key: value for key, value in self.data.get(name, {}).items() if isinstance(value, dict)}
 
 
 def settings() -> dict[str, str]:
@@ -118,8 +122,7 @@ _line = json.JSONEncoder(ensure_ascii=False).encode
 def _unique(pairs: list[tuple[str, Any]]) -> Fields:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{json.dumps(twice)} stands twice in one object, and only one could be kept")
     return found
 
@@ -172,10 +175,6 @@ def _laid_out(value: Any, start: str, rows: list[int]) -> str:
 # --- the orders: in an object, a list, or the workshop's {"dataType": "Map", "value": [ … ]} ---
 
 
-def _records(data: Fields, name: str) -> dict[str, Fields]:
-    return {key: value for key, value in data.get(name, {}).items() if isinstance(value, dict)}
-
-
 def _items(data: Fields) -> Any:
     """The object or list that holds the orders."""
     orders = data.setdefault("orders", {})
@@ -225,48 +224,45 @@ def _store(data: Fields, version: Version) -> Store:
 
 def _put(store: Store, task_id: str, fields: Fields, new: bool = False) -> None:
     """Put an order in, in the shape that the others have; `new` notes when."""
-    mapped = store.items is not store.data["orders"]
-    # In a list of nothing but ids, what has no fields is one as well.
-    bare = not fields and not isinstance(store.data["orders"], dict)
-    bare = bare and all(isinstance(item, str) for item in store.items)
+    items, fields = store.items, _own(task_id, fields)
+    bare = not fields and isinstance(items, list) and isinstance((items or [None])[-1], str)
     if new and not bare:
         fields = {**fields, "added": _stamp()}
-    fields = store.orders[task_id] = _own(task_id, fields)
-    if isinstance(store.items, dict):
-        store.items[task_id] = fields
+    store.orders[task_id] = fields
+    if isinstance(items, dict):
+        items[task_id] = fields
     elif bare:
-        store.items.append(task_id)
-    elif mapped or "taskID" in fields:  # somebody's own, of another meaning
-        store.items.append([task_id, {"taskID": task_id, **fields}])
+        items.append(task_id)
+    elif "taskID" in fields or items is not store.data["orders"]:  # of another meaning; or a Map
+        items.append([task_id, {"taskID": task_id, **fields}])
     else:
-        store.items.append({"taskID": task_id, **fields})
+        items.append({"taskID": task_id, **fields})
 
 
-def _take(store: Store, gone: Collection[str]) -> None:
+def _take(store: Store, gone: set[str]) -> None:
     for task_id in gone:
         del store.orders[task_id]
         if isinstance(store.items, dict):
             del store.items[task_id]
-    if gone and isinstance(store.items, list):
-        gone = set(gone)
+    if isinstance(store.items, list):
         store.items[:] = [item for item in store.items if _entry(item)[0] not in gone]
 
 
 def _end(store: Store, delivered: Iterable[str], failed: Mapping[str, tuple[int | None, str]]) -> bool:
     """Take orders out, with what stands under "failing", and the failed ones in under "failed"."""
-    ended = {*delivered, *failed}
-    gone = [task_id for task_id in store.orders if task_id in ended]
+    gone = {*delivered, *failed} & store.orders.keys()
     for task_id in gone:
         store.data.get("failed", {}).pop(task_id, None)
-        if task_id in failed:
-            fields, (status, error) = store.orders[task_id], failed[task_id]
-            record = {key: value for key, value in fields.items() if key not in RECORD}
-            record |= {"status": status, "error": error, "failed": _stamp()}
-            if own := {key: fields[key] for key in RECORD if key in fields}:
-                record["order"] = own
-            store.data.setdefault("failed", {})[task_id] = record
-    _take(store, gone)
-    _set_failing(store, {key: record for key, record in store.failing.items() if key not in ended})
+    for task_id in [task_id for task_id in failed if task_id in gone]:
+        fields, (status, error) = store.orders[task_id], failed[task_id]
+        record = {key: value for key, value in fields.items() if key not in RECORD}
+        record |= {"status": status, "error": error, "failed": _stamp()}
+        if own := {key: fields[key] for key in RECORD if key in fields}:
+            record["order"] = own
+        store.data.setdefault("failed", {})[task_id] = record
+    if gone:
+        _take(store, gone)
+        _set_failing(store, {key: record for key, record in store.failing.items() if key not in gone})
     return bool(gone)
 
 
@@ -278,22 +274,21 @@ def _revive(store: Store, task_id: str) -> None:
     if isinstance(own, dict) and own and own.keys() <= set(RECORD):  # by `_end`
         del fields["order"]
         fields |= own
-    waiting = store.orders.get(task_id)
-    if waiting is not None:
-        _take(store, [task_id])
-    _put(store, task_id, fields | (waiting or {}))
+    if task_id in store.orders:
+        fields |= store.orders[task_id]
+        _take(store, {task_id})
+    _put(store, task_id, fields)
 
 
 def _set_failing(store: Store, records: dict[str, Fields]) -> bool:
     """Whether that changed something. What a person typed there that is no object stays."""
-    old, kept = store.failing, {key: dict(record) for key, record in records.items()}
-    if old == kept:
+    if store.failing == records:
         return False
-    stay = {
-        key: value for key, value in store.data.get("failing", {}).items() if key not in old or key in kept
-    }
-    store.data["failing"] = stay | kept
-    if not store.data["failing"]:
+    failing = store.data.setdefault("failing", {})
+    for task_id in store.failing.keys() - records.keys():
+        del failing[task_id]
+    failing |= {task_id: dict(record) for task_id, record in records.items()}
+    if not failing:
         del store.data["failing"]
     return True
 
@@ -426,7 +421,7 @@ def _holder(lock: TextIO) -> str:
     try:
         return f"process {pid} ({Path(f'/proc/{int(pid)}/comm').read_text(errors='replace').strip()})"
     except (ValueError, OSError):  # nothing is noted, no Linux, or not for us to know
-        return f"process {pid or 'unknown'}"
+        return f"process {pid}" if pid else "another process"
 
 
 def take_note(lock: TextIO, note: str) -> None:
@@ -902,9 +897,9 @@ def retry_orders(
     def edit(store: Store) -> bool:
         deliveries, failed = Deliveries(path), store.failed
         deliveries.refresh()
-        moved[:] = [task_id for task_id, record in failed.items() if is_task_id(task_id)
-                    and (asked is None or task_id in asked) and _matches(record, since, status)]  # fmt: skip
-        moved.extend(task_id for task_id in asked or () if task_id in deliveries and task_id not in failed)
+        named = [task_id for task_id in (failed if asked is None else asked) if is_task_id(task_id)]
+        moved[:] = [key for key in named if key in failed and _matches(failed[key], since, status)]
+        moved.extend(task_id for task_id in named if task_id in deliveries and task_id not in failed)
         if again := {task_id: "-" for task_id in moved if task_id in deliveries}:
             deliveries.add(again)  # before it waits, or the poller would take it out
         for task_id in moved:
