@@ -357,7 +357,7 @@ class Watch:
         raise (HalfSaved if young else DatabaseError)(self.problem)
 
     def wait(self, patience: float) -> Store:
-        """Read it, and look again for `patience` seconds while it may be half saved."""
+        """Read it, and look again for so many seconds while it may be half saved; then HalfSaved."""
         deadline = time.monotonic() + patience
         while True:
             try:
@@ -369,11 +369,7 @@ class Watch:
 
 
 def read(path: Path, patience: float = PATIENCE) -> Store:
-    """Read the file; a missing one is an empty store, an empty one is broken.
-
-    patience: seconds to look again while it may be half saved, which is for SAVING seconds after it
-    changed last; HalfSaved where they end first.
-    """
+    """Read the file; a missing one is an empty store. patience: as of `Watch.wait`."""
     return Watch(path).wait(patience)
 
 
@@ -393,9 +389,9 @@ def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
     except OSError as error:
         raise DatabaseError(f"cannot lock {place}: {error.strerror}. {MEND}") from None
     with file:
-        if not mine and name == "pid":
-            raise Busy(f"a poller with {path} runs already, as {_holder(file)}. One is enough.")
         if not mine:
+            if name == "pid":
+                raise Busy(f"a poller with {path} runs already, as {_holder(file)}. One is enough.")
             raise Busy(f"{path} is being written by {_holder(file)}, which holds {place}. Try again.")
         take_note(file, "")
         try:
@@ -585,13 +581,10 @@ class Deliveries:
 
     def _know(self, line: bytes) -> None:
         match = self.LINE.fullmatch(line)
-        if not match:
-            if line != b"\n":
-                self._say(f"{self.path}: lines that speak of no delivery are passed over.")
-        elif match[3] == b"-":
-            self.ids.discard(match[2].decode())
-        else:
-            self.ids.add(match[2].decode())
+        if match:
+            (self.ids.discard if match[3] == b"-" else self.ids.add)(match[2].decode())
+        elif line != b"\n":
+            self._say(f"{self.path}: lines that speak of no delivery are passed over.")
 
     def _say(self, problem: str) -> None:
         if problem not in self.said:
@@ -717,8 +710,8 @@ class Database:
             self._note()
         if now >= turn.write and (look or (soon and "database" not in turn.problems)) and self._unwritten():
             store = self._tried(self._write)
-        if look and not store and not self.once:
-            store = self._tried(self._read)
+        if look and not store and not self.once and self.watch.changed():
+            store = self._tried(lambda: self._shown(self.watch.read()))
         return store
 
     def flush(self) -> bool:
@@ -751,12 +744,13 @@ class Database:
     def _refused(self, orders: Container[str]) -> dict[str, Fields]:
         return {task_id: record for task_id, record in self.failing.items() if task_id in orders}
 
-    def _tried(self, step: Callable[[], Store | None]) -> Store | None:
-        turn, store = self._turn, None
+    def _tried(self, step: Callable[[], Store]) -> Store | None:
+        turn = self._turn
         try:
             store = step()
             if not self._unwritten():
                 self._complain("database", "")
+            return store
         except Busy as error:  # somebody writes, or waits for an editor: no problem yet
             now = time.monotonic()
             turn.busy, turn.write = min(turn.busy, now), now + 0.2
@@ -766,7 +760,7 @@ class Database:
             pass
         except DatabaseError as error:
             self._complain("database", str(error))
-        return store
+        return None
 
     def _write(self) -> Store:
         turn = self._turn
@@ -787,9 +781,6 @@ class Database:
             self.failing.pop(task_id, None)
         changed = _end(store, over, self.failed)
         return _set_failing(store, self._refused(store.orders)) or changed
-
-    def _read(self) -> Store | None:
-        return self._shown(self.watch.read()) if self.watch.changed() else None
 
     def _over(self, store: Store) -> set[str]:
         """The orders of the file that are delivered; says which of them somebody brought back.
