@@ -48,6 +48,7 @@ MEND = "Make room, or mend the folder's permissions."
 LEFT = "It is left as it is: mend it."
 
 Fields = dict[str, Any]
+Failures = Mapping[str, tuple[int | None, str]]  # task id to HTTP status and what GraFx said
 Version = tuple[int, ...] | None
 
 log = logging.getLogger("db")
@@ -152,11 +153,11 @@ def _parse(raw: bytes) -> Fields:
     return cast(Fields, data)
 
 
-def _text(data: Fields) -> bytes:
+def _text(store: Store) -> bytes:
     """Each order on a line of its own, for `grep`, `sed` and the eye; all else indented by 4."""
-    rows = [id(part) for part in (_items(data), data.get("failing"), data.get("failed"))]
+    rows = [id(part) for part in (store.items, store.data.get("failing"), store.data.get("failed"))]
     # backslashreplace: half a surrogate pair, which UTF-8 cannot hold, in JSON's own \uXXXX.
-    return (_laid_out(data, "\n", rows) + "\n").encode("utf-8", "backslashreplace")
+    return (_laid_out(store.data, "\n", rows) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _laid_out(value: Any, start: str, rows: list[int]) -> str:
@@ -173,16 +174,6 @@ def _laid_out(value: Any, start: str, rows: list[int]) -> str:
 
 
 # --- the orders: in an object, a list, or the workshop's {"dataType": "Map", "value": [ … ]} ---
-
-
-def _items(data: Fields) -> Any:
-    """The object or list that holds the orders."""
-    orders = data.setdefault("orders", {})
-    if isinstance(orders, dict) and orders.get("dataType") == "Map":
-        orders = orders.get("value") if isinstance(orders.get("value"), list) else None
-    if not isinstance(orders, (dict, list)):
-        raise ValueError('"orders" must be an object, a list, or {"dataType": "Map", "value": [ … ]}')
-    return orders
 
 
 def _entry(item: Any) -> tuple[str | None, Fields]:
@@ -210,7 +201,11 @@ def _own(task_id: str, fields: Fields) -> Fields:
 
 
 def _store(data: Fields, version: Version) -> Store:
-    items = _items(data)
+    items = data.setdefault("orders", {})
+    if isinstance(items, dict) and items.get("dataType") == "Map":
+        items = items["value"] if isinstance(items.get("value"), list) else None
+    if not isinstance(items, (dict, list)):
+        raise ValueError('"orders" must be an object, a list, or {"dataType": "Map", "value": [ … ]}')
     store = Store(data, items, {}, [], version)
     for item in items.items() if isinstance(items, dict) else items:
         task_id, fields = _entry(item)
@@ -248,7 +243,7 @@ def _take(store: Store, gone: set[str]) -> None:
         store.items[:] = [item for item in store.items if _entry(item)[0] not in gone]
 
 
-def _end(store: Store, delivered: Iterable[str], failed: Mapping[str, tuple[int | None, str]]) -> bool:
+def _end(store: Store, delivered: Iterable[str], failed: Failures) -> bool:
     """Take orders out, with what stands under "failing", and the failed ones in under "failed"."""
     gone = {*delivered, *failed} & store.orders.keys()
     for task_id in gone:
@@ -427,21 +422,21 @@ def take_note(lock: TextIO, note: str) -> None:
         os.write(lock.fileno(), f"{os.getpid()} {note}\n".encode())  # unbuffered: nothing is left for close
 
 
-def _change(path: Path | None, edit: Callable[[Store], bool], patience: float = PATIENCE) -> Store:
-    """Read the file anew, let `edit` change it, and write it where `edit` says that it did."""
-    watch = Watch(_real(path))
-    with lock(watch.path, "lock", patience):
-        return _rewrite(watch, edit, patience)
+def _change(path: Path, edit: Callable[[Store], bool], patience: float = PATIENCE) -> None:
+    watch = Watch(path)  # before there is a lock: then a file was never there
+    with lock(path, "lock", patience):
+        _rewrite(watch, edit, patience)
 
 
 def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> Store:
+    """Under the lock: read the file anew, let `edit` change it, and write it where that says that it did."""
     while True:
         store = watch.wait(patience)
         if not edit(store):
             return store
         watch.seen = ()  # until it is written, nobody knows what was read
         try:
-            written = _replace(watch.path, _text(store.data), store.version)
+            written = _replace(watch.path, _text(store), store.version)
         except RecursionError:
             raise DatabaseError(f"{watch.path}: it is nested too deeply. {LEFT}") from None
         if written:
@@ -775,7 +770,7 @@ class Database:
         return self._shown(store)
 
     def _settle(self, store: Store) -> bool:
-        """Under the lock: let the file say what came of the orders; whether that changed it."""
+        """Let the file say what came of the orders; whether that changed it."""
         over = self._over(store)
         for task_id in over | self.failed.keys():
             self.failing.pop(task_id, None)
@@ -858,18 +853,15 @@ def remove_order(task_id: str, path: Path | None = None) -> None:
 
 
 def end_orders(
-    delivered: Iterable[str],
-    failed: Mapping[str, tuple[int | None, str]],
-    path: Path | None = None,
-    patience: float = PATIENCE,
-) -> Store:
+    delivered: Iterable[str], failed: Failures, path: Path | None = None, patience: float = PATIENCE
+) -> None:
     """Take delivered orders out and move failed ones under "failed", all in one write.
 
-    failed: task id to HTTP status and what GraFx said. What somebody took out meanwhile stays out.
-    patience: seconds to wait for the lock. Where DatabaseError is raised, nothing has changed.
+    What somebody took out meanwhile stays out. Where DatabaseError is raised, nothing has changed.
+    patience: seconds to wait for the lock.
     """
-    delivered = list(delivered)  # `edit` may be called twice
-    return _change(path, lambda store: _end(store, delivered, failed), patience)
+    delivered = list(delivered)  # `_end` may be called twice
+    _change(_real(path), lambda store: _end(store, delivered, failed), patience)
 
 
 def retry_orders(
