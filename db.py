@@ -30,7 +30,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeVar, cast
 
 from dotenv import dotenv_values
 
@@ -49,6 +49,7 @@ LEFT = "It is left as it is: mend it."
 
 Fields = dict[str, Any]
 Failures = Mapping[str, tuple[int | None, str]]  # task id to HTTP status and what GraFx said
+Given = TypeVar("Given")
 Version = tuple[int, ...] | None
 
 log = logging.getLogger("db")
@@ -351,21 +352,25 @@ class Watch:
                 self.problem = f"{self.path}: {what}. {LEFT}"
         raise (HalfSaved if young else DatabaseError)(self.problem)
 
-    def wait(self, patience: float) -> Store:
-        """Read it, and look again for so many seconds while it may be half saved; then HalfSaved."""
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                return self.read()
-            except HalfSaved:
-                if time.monotonic() >= deadline:
-                    raise
-            time.sleep(0.05)
+
+def _patiently(step: Callable[[], Given], patience: float) -> Given:
+    """What `step` gives, tried for so many seconds while somebody saves the file or has the lock."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return step()
+        except (HalfSaved, BlockingIOError):
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.01)
 
 
 def read(path: Path, patience: float = PATIENCE) -> Store:
-    """Read the file; a missing one is an empty store. patience: as of `Watch.wait`."""
-    return Watch(path).wait(patience)
+    """Read the file; a missing one is an empty store.
+
+    patience: seconds to look again while it may be half saved; HalfSaved where they end.
+    """
+    return _patiently(Watch(path).read, patience)
 
 
 @contextlib.contextmanager
@@ -380,31 +385,21 @@ def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
     place = _beside(path, name)
     try:
         file = os.fdopen(_open(place), "r+")
-        mine = _locked(file, patience)
+        _patiently(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB), patience)
+    except BlockingIOError:
+        with file:
+            holder = _holder(file)
+        if name == "pid":
+            raise Busy(f"a poller with {path} runs already, as {holder}. One is enough.") from None
+        raise Busy(f"{path} is being written by {holder}, which holds {place}. Try again.") from None
     except OSError as error:
         raise DatabaseError(f"cannot lock {place}: {error.strerror}. {MEND}") from None
     with file:
-        if not mine:
-            if name == "pid":
-                raise Busy(f"a poller with {path} runs already, as {_holder(file)}. One is enough.")
-            raise Busy(f"{path} is being written by {_holder(file)}, which holds {place}. Try again.")
         take_note(file, "")
         try:
             yield file
         finally:  # explicitly: a child that was forked meanwhile shares the lock, and would keep it
             fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _locked(file: TextIO, patience: float) -> bool:
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-        time.sleep(0.01)
 
 
 def _holder(lock: TextIO) -> str:
@@ -422,18 +417,20 @@ def take_note(lock: TextIO, note: str) -> None:
         os.write(lock.fileno(), f"{os.getpid()} {note}\n".encode())  # unbuffered: nothing is left for close
 
 
-def _change(path: Path, edit: Callable[[Store], bool], patience: float = PATIENCE) -> None:
+def _change(path: Path, edit: Callable[[Store], bool], patience: float = PATIENCE) -> bool:
+    """Take the lock and rewrite; whether that changed something."""
     watch = Watch(path)  # before there is a lock: then a file was never there
     with lock(path, "lock", patience):
-        _rewrite(watch, edit, patience)
+        _, changed = _rewrite(watch, edit, patience)
+    return changed
 
 
-def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> Store:
-    """Under the lock: read the file anew, let `edit` change it, and write it where that says that it did."""
+def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> tuple[Store, bool]:
+    """Under the lock: read the file anew, and where `edit` says that it changed something, write it."""
     while True:
-        store = watch.wait(patience)
+        store = _patiently(watch.read, patience)
         if not edit(store):
-            return store
+            return store, False
         watch.seen = ()  # until it is written, nobody knows what was read
         try:
             written = _replace(watch.path, _text(store), store.version)
@@ -442,7 +439,7 @@ def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> St
         if written:
             watch.seen = store.version = written
             watch.there = True
-            return store
+            return store, True
 
 
 def _replace(path: Path, content: bytes, seen: Version) -> Version:
@@ -576,8 +573,10 @@ class Deliveries:
 
     def _know(self, line: bytes) -> None:
         match = self.LINE.fullmatch(line)
-        if match:
-            (self.ids.discard if match[3] == b"-" else self.ids.add)(match[2].decode())
+        if match and match[3] == b"-":
+            self.ids.discard(match[2].decode())
+        elif match:
+            self.ids.add(match[2].decode())
         elif line != b"\n":
             self._say(f"{self.path}: lines that speak of no delivery are passed over.")
 
@@ -632,7 +631,9 @@ class Deliveries:
             for line in file:
                 if word in line and (match := self.LINE.fullmatch(line)) and match[2] == word.strip():
                     last = match
-        return (last[1].decode(), last[3].decode("utf-8", "replace")) if last and last[3] != b"-" else None
+        if last is None or last[3] == b"-":
+            return None
+        return last[1].decode(), last[3].decode("utf-8", "replace")
 
     def since(self, when: datetime) -> tuple[int, str]:
         """How many deliveries there were since then, and the last line of all."""
@@ -684,7 +685,7 @@ class Database:
 
     def start(self) -> Store:
         """Read the file and the list. Raises DatabaseError."""
-        store = self.watch.wait(PATIENCE)
+        store = _patiently(self.watch.read, PATIENCE)
         self.deliveries.shorten(KEPT)
         if not self.deliveries.file and not self.deliveries.said:
             log.info("%s is not there: no order counts as delivered before.", self.deliveries.path)
@@ -763,7 +764,7 @@ class Database:
             turn.busy, begun = math.inf, time.monotonic()
             self._complain("lock", "")
             try:
-                store = _rewrite(self.watch, self._settle, 0)
+                store, _ = _rewrite(self.watch, self._settle, 0)
             finally:
                 turn.write = begun + SHARE * (time.monotonic() - begun)
         self.failed.clear()
@@ -834,17 +835,15 @@ def add_order(task_id: str, project_id: str | None = None, path: Path | None = N
         raise ValueError(f"{task_id!r} is no task id: letters, digits, '.', '_' and '-', at most 128")
     if not isinstance(project_id, (str, type(None))):
         raise ValueError(f"the project id {project_id!r} is no string")
-    path, new = _real(path), False
+    path = _real(path)
 
     def edit(store: Store) -> bool:
-        nonlocal new
-        new = task_id not in store.orders and not Deliveries(path).last(task_id)
-        if new:
-            _put(store, task_id, {"projectID": project_id} if project_id else {}, new=True)
-        return new
+        if task_id in store.orders or Deliveries(path).last(task_id):
+            return False
+        _put(store, task_id, {"projectID": project_id} if project_id else {}, new=True)
+        return True
 
-    _change(path, edit)
-    return new
+    return _change(path, edit)
 
 
 def remove_order(task_id: str, path: Path | None = None) -> None:
