@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
 
@@ -166,12 +167,14 @@ def _laid_out(value: Any, start: str, rows: list[int]) -> str:
     if not isinstance(value, (dict, list)) or not value:
         return _line(value)
     inner = start + "    "
-    parts: Iterable[Any] = value.values() if isinstance(value, dict) else value
-    lines = [_line(part) if id(value) in rows else _laid_out(part, inner, rows) for part in parts]
+    inside: Callable[[Any], str] = _line
+    if id(value) not in rows:
+        inside = partial(_laid_out, start=inner, rows=rows)
     if isinstance(value, dict):
-        lines = [f"{_line(key)}: {line}" for key, line in zip(value, lines, strict=True)]
-    before, after = "{}" if isinstance(value, dict) else "[]"
-    return before + inner + ("," + inner).join(lines) + start + after
+        ends, lines = "{}", [f"{_line(key)}: {inside(part)}" for key, part in value.items()]
+    else:
+        ends, lines = "[]", [inside(part) for part in value]
+    return ends[0] + inner + ("," + inner).join(lines) + start + ends[1]
 
 
 # --- the orders: in an object, a list, or the workshop's {"dataType": "Map", "value": [ … ]} ---
@@ -191,7 +194,9 @@ def _entry(item: Any) -> tuple[str | None, Fields]:
         task_id, fields = item.get("taskID"), item
     elif isinstance(item, list) and len(item) == 2 and isinstance(item[1], dict):
         task_id, fields = item
-    return (task_id, _own(task_id, fields)) if is_task_id(task_id) else (None, {})
+    if not is_task_id(task_id):
+        return None, {}
+    return task_id, _own(task_id, fields)
 
 
 def _own(task_id: str, fields: Fields) -> Fields:
@@ -975,8 +980,8 @@ def main() -> int:
     retry = commands.add_parser("retry", help="ask about failed orders again, or deliver one again")
     retry.add_argument("task_id", metavar="TASK_ID", nargs="?", help="one that failed or was delivered")
     retry.add_argument("--all", action="store_true", help="all that failed")
-    retry.add_argument("--since", metavar="UTC", type=utc, help="those since then, say 2026-01-31T12:00:00Z")
-    retry.add_argument("--status", metavar="N", type=int, help="those that failed with this HTTP status")
+    retry.add_argument("--since", metavar="UTC", type=utc, help="failed since then, say 2026-01-31T12:00:00Z")
+    retry.add_argument("--status", metavar="N", type=int, help="failed with this HTTP status")
     given = parser.parse_args()
     if given.command == "retry":
         some = given.since is not None or given.status is not None
