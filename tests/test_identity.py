@@ -265,9 +265,22 @@ def test_tasks_that_always_answer_401_hold_up_nobody(home: Home) -> None:
         eventually(lambda: set(home.waiting()) == set(bad))
         delivered(home, *good)
         eventually(lambda: all(len(asked(home, task)) > 8 for task in bad))
-        assert set(home.read()["failing"]) == set(bad)
+        eventually(lambda: set(home.read().get("failing", {})) == set(bad))
     assert "all orders wait" not in running.log()
     assert len(asked(home, what="token")) <= 2 + len(bad)
+
+
+def test_a_task_that_always_answers_401_fails_in_its_time_when_it_is_alone(home: Home) -> None:
+    """The token has worked for another one; that nobody else uses it now makes it no worse."""
+    good, bad = home.grafx.add(), home.grafx.add()
+    home.grafx.fault("task", "status-401", times=None, task_id=bad)
+    home.wait_for(good)
+    with daemon(home, 1, GIVE_UP_AFTER="1") as running:
+        eventually(lambda: not home.waiting())
+        home.wait_for(bad)
+        eventually(lambda: not home.waiting())
+        assert home.failed()[bad]["status"] == 401
+    assert "all orders wait" not in running.log()
 
 
 def test_a_401_for_all_is_not_the_orders(home: Home) -> None:

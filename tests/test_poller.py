@@ -648,6 +648,20 @@ def test_an_order_that_was_taken_out_leaves_no_trouble_behind(home: Home) -> Non
     assert "GraFx is away" not in running.log()
 
 
+def test_who_was_asked_before_an_outage_was_over_does_not_begin_it_anew(home: Home) -> None:
+    home.wait_for("late", "early")
+    away = "(_ for _ in ()).throw(chili.AskAgainLater('GraFx is away', shared=True))"
+    answers = (
+        f"{{'late': lambda: (time.sleep(2), {away}), 'early': lambda: {away} if not tries.pop() else False}}"
+    )
+    ask = f"lambda task_id, *more: {answers}[task_id]()"
+    before = f"{QUICK}; poller.MINUTE = 0; import time; tries = [1] * 99 + [0]; chili.order_done = {ask}"
+    daemon = home.start("-v", before=before, CONCURRENCY="2")
+    daemon.says("late waits: GraFx is away")  # it alone
+    daemon.stop()
+    assert daemon.log().count("all orders wait") == 1
+
+
 def test_after_sigterm_nothing_is_asked(home: Home) -> None:
     home.wait_for(home.grafx.add())
     ended = home.run(before="poller.Poller.take = lambda self, store: self.on_signal()")
