@@ -322,7 +322,8 @@ def said(status: int, reason: bool) -> str:
         assert "500 with a reason" in refused
         assert "500 without a reason" in waits
         return "refused" if reason else "waits"
-    named = {text: set(map(int, re.findall(r"\b(\d{3})\b", text))) for text in (refused, waits)}
+    named = {text: set(map(int, re.findall(r"\b(\d{3})\b(?! with)", text))) for text in (refused, waits)}
+    assert not named[waits] & named[refused]
     if status in named[waits]:
         return "waits"
     if status in named[refused]:
