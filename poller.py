@@ -49,13 +49,14 @@ EX_SOFTWARE, EX_CONFIG = 70, 78  # sysexits.h: "internal software error", "confi
 SHORTEST_PAUSE = 2.0  # seconds between two questions about one order; CHILI's own client takes 2
 REFUSALS = 3  # the least, before an order has failed; see GIVE_UP_AFTER
 PROGRESS = 10.0  # seconds between two log lines about one download
-MINUTE = 60.0  # seconds between two log lines about what many orders meet
-STATES = ("new", "rendering", "downloading", "delivered", "not handed over", "failing", "failed", "stuck")
+MINUTE = 60.0  # seconds until a trouble is told again; then after 4, 16, 64, and once an hour
+STATES = ("delivered", "new", "rendering", "downloading", "not handed over", "failing", "failed", "stuck")
 ALARM = 600.0  # seconds that all orders wait before it is an error
 HIDDEN = ("SERVER_ID", "SERVER_SECRET", "SERVER_SECRET_FILE", "FRONT_ID", "FRONT_SECRET",
           "CREDENTIALS_DIRECTORY")  # fmt: skip
 
 log = logging.getLogger("poller")
+REDRAW = logging.makeLogRecord({})  # no line of the log, but the live line is another one
 
 
 # --- settings --------------------------------------------------------------------------------
@@ -170,6 +171,10 @@ def load_settings() -> Settings:
         add_secret(given)
     except (db.DatabaseError, ValueError) as error:
         raise SettingsError(str(error)) from None
+    if not set(REQUIRED) & given.keys() and not (db.HERE / ".env").exists():
+        raise SettingsError(
+            f"no settings yet: in {db.HERE}, cp .env.example .env, and fill in its four lines"
+        )
     for name, read, default in READERS:
         if name in REQUIRED and name not in given:
             wrong.append(f"{name} is missing: put {default} into {db.HERE / '.env'} or the environment")
@@ -178,8 +183,6 @@ def load_settings() -> Settings:
             found[name.lower()] = read(given.get(name, default))
         except ValueError as error:
             wrong.append(f"{name} {error}")
-    if not set(REQUIRED) & given.keys() and not (db.HERE / ".env").exists():
-        wrong.append("to begin with: cp .env.example .env, and fill in its four lines")
     if wrong:
         raise SettingsError("\n".join(wrong))
     return Settings(**found)
@@ -212,8 +215,8 @@ def prepare_folder(orders_dir: Path) -> None:
         trial.touch()
         trial.unlink()
     except OSError as error:
-        mend = "Make the folder, or mend its permissions."
-        raise OSError(f"cannot write to ORDERS_DIR, {orders_dir}: {error.strerror}. {mend}") from None
+        said = f"cannot write to ORDERS_DIR, {orders_dir}: {error.strerror}. {db.mend(error)}"
+        raise OSError(said) from None
 
 
 # --- what a person sees ----------------------------------------------------------------------
@@ -228,7 +231,8 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
-        self.terminal, self.line, self.dropped = sys.stderr.isatty(), "", 0
+        self.terminal, self.dropped = sys.stderr.isatty(), 0
+        self.live = self.line = ""  # the live line as it should be, and as it is drawn
         stat = os.fstat(2)  # systemd.exec(5): so one knows that stderr is the journal itself
         self.journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
         stamp = "" if self.journal else "%(asctime)s %(levelname)-7s "
@@ -242,7 +246,7 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
         try:
             self.queue.put(record, timeout=0.0 if self.dropped else 0.2)  # mostly it is only slow
         except queue.Full:
-            self.dropped += not hasattr(record, "live")
+            self.dropped += 1
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -256,32 +260,34 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
         return text
 
     def emit(self, record: logging.LogRecord) -> None:
-        if hasattr(record, "live"):
-            self.draw(record.live)
-            return
-        line, dropped = self.line, self.dropped
-        self.draw("")
-        if dropped:
-            self.dropped -= dropped
-            text = f"{dropped} lines of the log were dropped, since nobody read them"
-            super().emit(logging.makeLogRecord({"msg": text, "levelname": "WARNING"}))
-        super().emit(record)
-        self.draw(line)
+        if record is not REDRAW:
+            self.draw("")
+            if dropped := self.dropped:
+                self.dropped -= dropped
+                text = f"{dropped} lines of the log were dropped, since nobody read them"
+                super().emit(logging.makeLogRecord({"msg": text, "levelname": "WARNING"}))
+            super().emit(record)
+        self.draw(self.live)
 
     def show(self, line: str) -> None:
-        """Put `line` in the place of the live line."""
+        """Put `line` in the place of the live line; where more is to be written, that brings it along."""
         if self.terminal:
-            self.enqueue(logging.makeLogRecord({"live": line}))
+            self.live = line
+            if self.queue.empty():
+                self.enqueue(REDRAW)
 
     def draw(self, line: str) -> None:
-        width = shutil.get_terminal_size().columns
-        if line[: width - 1] == self.line:
+        if not self.terminal:
             return
-        # A terminal that was made narrower has broken the line: all of its rows have to go.
-        up = max(0, len(self.line) - 1) // width
-        self.line = line[: width - 1]
         with contextlib.suppress(OSError):
-            self.stream.write("\r" + f"\x1b[{up}A" * bool(up) + "\x1b[J" + self.line)
+            width = os.get_terminal_size(2).columns or 80
+            if line[: width - 1] == self.line:
+                return
+            # A terminal that was made narrower has broken the line: all of its rows have to go.
+            up = max(0, len(self.line) - 1) // width
+            self.line = line[: width - 1]
+            # ?7l, ?7h: it breaks no line now, however wide the letters of some languages are.
+            self.stream.write("\r" + f"\x1b[{up}A" * bool(up) + f"\x1b[J\x1b[?7l{self.line}\x1b[?7h")
             self.stream.flush()
 
     def finish(self) -> None:
@@ -405,9 +411,8 @@ class Trouble:
     remind: bool
     orders: set[str]
     since: float
-    said: float
+    due: float  # when it is told again
     unsaid: int = 0  # orders that met it since it was said
-    times: int = 1  # that it was said
 
 
 class Troubles:
@@ -426,7 +431,7 @@ class Troubles:
         if kind in self._kinds:
             self._kinds[kind].unsaid += not quiet
         else:
-            self._kinds[kind] = Trouble(text, remind, set(), now, now)
+            self._kinds[kind] = Trouble(text, remind, set(), now, now + MINUTE)
             if not quiet:
                 log.warning("%s %s%s", order.task_id, text, more)
         self._kinds[kind].orders.add(order.task_id)
@@ -444,23 +449,23 @@ class Troubles:
         order.met = ()
 
     def tell(self) -> None:
-        """Once a minute what more orders met; after 1, 4, 16 … minutes what is still not over."""
+        """After 1, 4, 16 … minutes what is still not over, or was met by more orders."""
         now = time.monotonic()
         for trouble in self._kinds.values():
-            still = trouble.remind and now >= trouble.since + MINUTE * 4.0 ** (trouble.times - 1)
-            if not still and not (trouble.unsaid and now >= trouble.said + MINUTE):
+            if now < trouble.due or not (trouble.remind or trouble.unsaid):
                 continue
-            some = ", ".join(sorted(trouble.orders)[:3]) + ", …" * (len(trouble.orders) > 3)
-            more = f"{trouble.unsaid} more, " * bool(trouble.unsaid)
-            log.warning("%s%d by now: %s %s", more, len(trouble.orders), some, trouble.text)
-            trouble.said, trouble.unsaid = now, 0
-            trouble.times += still
+            lasts = now - trouble.since
+            some, others = ", ".join(sorted(trouble.orders)[:3]), len(trouble.orders) - 3
+            some += f" and {others} more" * (others > 0)
+            more = f" ({trouble.unsaid} more met it)" * bool(trouble.unsaid)
+            log.warning("still after %s%s: %s %s", duration(lasts), more, some, trouble.text)
+            trouble.due, trouble.unsaid = now + min(3 * lasts, 60 * MINUTE), 0
 
     def worst(self) -> str:
         """The one that has lasted longest, for the live line."""
         for trouble in self._kinds.values():
             if trouble.remind:
-                return f"{len(trouble.orders)} stuck: {trouble.text}"
+                return f"{len(trouble.orders)} stuck: {trouble.text.removeprefix('waits: ')}"
         return ""
 
 
@@ -529,7 +534,7 @@ class HandOff:
         self.running: set[subprocess.Popen[bytes]] = set()
         self.signalled: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
-        self.said = ""  # the last words of the last one that failed
+        self.failing = False  # the last one did
 
     def __bool__(self) -> bool:
         return bool(self.words)
@@ -558,11 +563,11 @@ class HandOff:
             end = f"was ended by signal {-code} ({signal.strsignal(-code)})"
         else:
             end = f"ended with {code}"
-        log.log(logging.WARNING if code else logging.DEBUG, "%s: ON_DONE %s", order.task_id, end)
+        log.debug("%s: ON_DONE %s", order.task_id, end)
+        self.failing = code != 0
         if code:
             kill(process, signal.SIGKILL)  # what it left running
-            self.said = last or end
-            raise NotHandedOver(f"ON_DONE {end}")
+            raise NotHandedOver(f"ON_DONE {end}" + (f", it said: {last}" if last not in ("", end) else ""))
 
     def start(self, order: Order, file: Path) -> subprocess.Popen[bytes]:
         words = [word.replace("{}", str(file)) for word in self.words]
@@ -576,7 +581,6 @@ class HandOff:
                 start_new_session=True,
             )  # fmt: skip
         except (OSError, ValueError) as error:
-            self.said = str(error)
             raise NotHandedOver(f"ON_DONE cannot be run: {error}") from None
         self.running.add(process)
         return process
@@ -602,7 +606,8 @@ class HandOff:
                 lines, line = [*lines, line], b""
             for said in filter(None, (chili.plain(text.decode(errors="replace")) for text in lines)):
                 last = said
-                log.info("%s: ON_DONE says: %s", order.task_id, said)
+                level = logging.DEBUG if self.failing else logging.INFO  # else it is told for all orders
+                log.log(level, "%s: ON_DONE says: %s", order.task_id, said)
             if not data:
                 process.wait(max(0.0, until - time.monotonic()))
                 break
@@ -673,9 +678,10 @@ class Poller:
         """Read the file, and start the threads."""
         store = self.database.start()
         log.info(
-            "GraFx order poller %s: %s, %s: %d waiting, %d failing, %d failed",
+            "GraFx order poller %s: %s, %s: %d waiting, %d failing, %d failed, %d delivered",
             VERSION, self.settings.database, self.settings.baseurl,
             len(store.orders) - len(self.database.failing), len(self.database.failing), len(store.failed),
+            len(self.database.deliveries),
         )  # fmt: skip
         self.take(store)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -839,9 +845,7 @@ class Poller:
             log.error("%s failed, project %s: %s", order.task_id, order.project or "not given", error)
             self.telling.count(order, "failed")
             return
-        until = (
-            f", project {order.project or 'not given'}; asked until {clock(left)} before it counts as failed"
-        )
+        until = f" (project {order.project or 'not given'}; asked until {clock(left)}, then it has failed)"
         self.troubles.meet(order, f"refused: {error}", until, remind=False)
         self.note_refusal(order, error)
         self.telling.count(order, "failing")
@@ -871,6 +875,7 @@ class Poller:
             self.outage.leave_alone(error.pause)
         if error.shared and order.asked >= self.outage.over:  # else it was asked before that was over
             self.outage.begins(error)
+            self.telling.results["stuck"] += 1
             self.again(order, 0.0)
             return
         order.troubles += 1
@@ -980,7 +985,7 @@ class Telling:
         parts = [waits + wrong, *(f"{order.task_id[:8]} {order.loading()}" for order in loading), counts]
         pause = poller.waiting.first() - now
         if pause < 1e6 and not waits:
-            parts.append(f"next question in {max(0.0, pause):.0f} s")
+            parts.append(f"asks in {max(0.0, pause):.0f} s")
         self.screen.show(" | ".join(filter(None, (*parts, self.last))))
         for order in loading:
             if not self.screen.terminal and now >= max(order.asked, order.logged) + PROGRESS:
@@ -991,10 +996,8 @@ class Telling:
         """What is wrong: when it is tried again, and what it is; the worst first."""
         pause, outage = poller.outage.pause(), poller.outage.error
         waits = f"again in {pause:.0f} s: " if pause else ""
-        found = [f"all orders wait: {outage}" if outage else "GraFx wants to be left alone" if pause else ""]
+        found = [str(outage) if outage else "GraFx wants to be left alone" if pause else ""]
         found.append(poller.database.problem)
-        if unhanded := self.states["not handed over"]:
-            found.append(f"{unhanded} wait for ON_DONE, which said: {poller.hand_off.said}")
         found.append(poller.troubles.worst())
         return waits, "; ".join(filter(None, found))
 
@@ -1072,18 +1075,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def open_streams() -> None:
-    """Where a standard stream was closed, as by 2>&-, no other file may take its place."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(fd)
-    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
-
-
 def main() -> int:
     """`python poller.py`; returns the exit code."""
-    open_streams()
+    db.open_streams()
     given = arguments()
     screen = Screen()
     logging.getLogger().addHandler(screen.inlet)

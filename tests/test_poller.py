@@ -402,7 +402,8 @@ def test_the_file_is_read_where_it_changed_and_written_once_for_a_sweep(home: Ho
     tasks = [grafx.add() for _ in range(40)]
     pending = grafx.add("never")
     home.wait_for(*tasks, pending)
-    daemon = home.start(before=f"db.LOOK = 0.1; {WATCH}", CONCURRENCY="4", POLL_INTERVAL="3600")
+    before = f"db.LOOK = 0.1; poller.SHORTEST_PAUSE = 3600; {WATCH}"
+    daemon = home.start(before=before, CONCURRENCY="4", POLL_INTERVAL="3600")
 
     def count(what: str) -> int:
         return len(re.findall(rf"<{what} [^>]*{re.escape(home.database.name)}>", daemon.log()))
