@@ -681,7 +681,7 @@ class Poller:
             "GraFx order poller %s: %s, %s: %d waiting, %d failing, %d failed, %d delivered",
             VERSION, self.settings.database, self.settings.baseurl,
             len(store.orders) - len(self.database.failing), len(self.database.failing), len(store.failed),
-            len(self.database.deliveries),
+            len(self.database.deliveries.ids),
         )  # fmt: skip
         self.take(store)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
