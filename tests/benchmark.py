@@ -1,7 +1,7 @@
 """How fast the poller is, beside what one would have without it. Prints one table.
 
     python tests/benchmark.py                 all of it, in about twelve minutes
-    python tests/benchmark.py --quick         a smoke test: smaller, and two runs of each
+    python tests/benchmark.py --quick         a smoke test: smaller, and one run of each
     python tests/benchmark.py --only large    only that part; more than one may be given
 
 Needs Linux, Debian's `nginx` and `curl`, and what the tests need. What is measured runs alone on one core,
@@ -74,7 +74,7 @@ class Size:
 
 
 QUICK = Size(
-    2, (100, 200, 400), (20, 10, 5), 50, 50, 16, 0.5, (1, 2, 3),
+    1, (100, 200, 400), (20, 10, 5), 50, 50, 16, 0.3, (1, 2),
     limited=15, waiting=400, finished=30, within=3.0, adds=4, broken=1,
 )  # fmt: skip
 
@@ -876,7 +876,7 @@ def about(folder: Path, size: Size) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a smoke test: smaller, and two runs of each")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: smaller, and one run of each")
     parser.add_argument("--only", choices=PARTS, action="append", help="only this part; may be repeated")
     # What the benchmark starts of itself.
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
