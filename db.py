@@ -26,11 +26,13 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeVar, cast
 
 from dotenv import dotenv_values
 
@@ -47,6 +49,8 @@ RECORD = ("status", "error", "failed", "order")
 LEFT = "It is left as it is: mend it."
 
 Fields = dict[str, Any]
+Failures = Mapping[str, tuple[int | None, str]]  # task id to HTTP status and what GraFx said
+Given = TypeVar("Given")
 Version = tuple[int, ...] | None
 
 log = logging.getLogger("db")
@@ -77,12 +81,15 @@ class Store:
     @property
     def failing(self) -> dict[str, Fields]:
         """The orders that GraFx refuses, but not yet for long enough; they wait as well."""
-        return _records(self.data, "failing")
+        return self._records("failing")
 
     @property
     def failed(self) -> dict[str, Fields]:
         """The orders that nobody asks about any more."""
-        return _records(self.data, "failed")
+        return self._records("failed")
+
+    def _records(self, name: str) -> dict[str, Fields]:
+        return {key: value for key, value in self.data.get(name, {}).items() if isinstance(value, dict)}
 
 
 def settings() -> dict[str, str]:
@@ -124,8 +131,7 @@ _line = json.JSONEncoder(ensure_ascii=False).encode
 def _unique(pairs: list[tuple[str, Any]]) -> Fields:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{json.dumps(twice)} stands twice in one object, and only one could be kept")
     return found
 
@@ -155,11 +161,11 @@ def _parse(raw: bytes) -> Fields:
     return cast(Fields, data)
 
 
-def _text(data: Fields) -> bytes:
+def _text(store: Store) -> bytes:
     """Each order on a line of its own, for `grep`, `sed` and the eye; all else indented by 4."""
-    rows = [id(part) for part in (_items(data), data.get("failing"), data.get("failed"))]
+    rows = [id(part) for part in (store.items, store.data.get("failing"), store.data.get("failed"))]
     # backslashreplace: half a surrogate pair, which UTF-8 cannot hold, in JSON's own \uXXXX.
-    return (_laid_out(data, "\n", rows) + "\n").encode("utf-8", "backslashreplace")
+    return (_laid_out(store.data, "\n", rows) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _laid_out(value: Any, start: str, rows: list[int]) -> str:
@@ -167,29 +173,17 @@ def _laid_out(value: Any, start: str, rows: list[int]) -> str:
     if not isinstance(value, (dict, list)) or not value:
         return _line(value)
     inner = start + "    "
-    parts: Iterable[Any] = value.values() if isinstance(value, dict) else value
-    lines = [_line(part) if id(value) in rows else _laid_out(part, inner, rows) for part in parts]
+    inside: Callable[[Any], str] = _line
+    if id(value) not in rows:
+        inside = partial(_laid_out, start=inner, rows=rows)
     if isinstance(value, dict):
-        lines = [f"{_line(key)}: {line}" for key, line in zip(value, lines, strict=True)]
-    before, after = "{}" if isinstance(value, dict) else "[]"
-    return before + inner + ("," + inner).join(lines) + start + after
+        ends, lines = "{}", [f"{_line(key)}: {inside(part)}" for key, part in value.items()]
+    else:
+        ends, lines = "[]", [inside(part) for part in value]
+    return ends[0] + inner + ("," + inner).join(lines) + start + ends[1]
 
 
 # --- the orders: in an object, a list, or the workshop's {"dataType": "Map", "value": [ … ]} ---
-
-
-def _records(data: Fields, name: str) -> dict[str, Fields]:
-    return {key: value for key, value in data.get(name, {}).items() if isinstance(value, dict)}
-
-
-def _items(data: Fields) -> Any:
-    """The object or list that holds the orders."""
-    orders = data.setdefault("orders", {})
-    if isinstance(orders, dict) and orders.get("dataType") == "Map":
-        orders = orders.get("value") if isinstance(orders.get("value"), list) else None
-    if not isinstance(orders, (dict, list)):
-        raise ValueError('"orders" must be an object, a list, or {"dataType": "Map", "value": [ … ]}')
-    return orders
 
 
 def _entry(item: Any) -> tuple[str | None, Fields]:
@@ -206,7 +200,9 @@ def _entry(item: Any) -> tuple[str | None, Fields]:
         task_id, fields = item.get("taskID"), item
     elif isinstance(item, list) and len(item) == 2 and isinstance(item[1], dict):
         task_id, fields = item
-    return (task_id, _own(task_id, fields)) if is_task_id(task_id) else (None, {})
+    if not is_task_id(task_id):
+        return None, {}
+    return task_id, _own(task_id, fields)
 
 
 def _own(task_id: str, fields: Fields) -> Fields:
@@ -217,7 +213,11 @@ def _own(task_id: str, fields: Fields) -> Fields:
 
 
 def _store(data: Fields, version: Version) -> Store:
-    items = _items(data)
+    items = data.setdefault("orders", {})
+    if isinstance(items, dict) and items.get("dataType") == "Map":
+        items = items["value"] if isinstance(items.get("value"), list) else None
+    if not isinstance(items, (dict, list)):
+        raise ValueError('"orders" must be an object, a list, or {"dataType": "Map", "value": [ … ]}')
     store = Store(data, items, {}, [], version)
     for item in items.items() if isinstance(items, dict) else items:
         task_id, fields = _entry(item)
@@ -231,48 +231,45 @@ def _store(data: Fields, version: Version) -> Store:
 
 def _put(store: Store, task_id: str, fields: Fields, new: bool = False) -> None:
     """Put an order in, in the shape that the others have; `new` notes when."""
-    mapped = store.items is not store.data["orders"]
-    # In a list of nothing but ids, what has no fields is one as well.
-    bare = not fields and not isinstance(store.data["orders"], dict)
-    bare = bare and all(isinstance(item, str) for item in store.items)
+    items, fields = store.items, _own(task_id, fields)
+    bare = not fields and isinstance(items, list) and isinstance((items or [None])[-1], str)
     if new and not bare:
         fields = {**fields, "added": _stamp()}
-    fields = store.orders[task_id] = _own(task_id, fields)
-    if isinstance(store.items, dict):
-        store.items[task_id] = fields
+    store.orders[task_id] = fields
+    if isinstance(items, dict):
+        items[task_id] = fields
     elif bare:
-        store.items.append(task_id)
-    elif mapped or "taskID" in fields:  # somebody's own, of another meaning
-        store.items.append([task_id, {"taskID": task_id, **fields}])
+        items.append(task_id)
+    elif "taskID" in fields or items is not store.data["orders"]:  # of another meaning; or a Map
+        items.append([task_id, {"taskID": task_id, **fields}])
     else:
-        store.items.append({"taskID": task_id, **fields})
+        items.append({"taskID": task_id, **fields})
 
 
-def _take(store: Store, gone: Collection[str]) -> None:
+def _take(store: Store, gone: set[str]) -> None:
     for task_id in gone:
         del store.orders[task_id]
         if isinstance(store.items, dict):
             del store.items[task_id]
-    if gone and isinstance(store.items, list):
-        gone = set(gone)
+    if isinstance(store.items, list):
         store.items[:] = [item for item in store.items if _entry(item)[0] not in gone]
 
 
-def _end(store: Store, delivered: Iterable[str], failed: Mapping[str, tuple[int | None, str]]) -> bool:
+def _end(store: Store, delivered: Iterable[str], failed: Failures) -> bool:
     """Take orders out, with what stands under "failing", and the failed ones in under "failed"."""
-    ended = {*delivered, *failed}
-    gone = [task_id for task_id in store.orders if task_id in ended]
+    gone = {*delivered, *failed} & store.orders.keys()
     for task_id in gone:
         store.data.get("failed", {}).pop(task_id, None)
-        if task_id in failed:
-            fields, (status, error) = store.orders[task_id], failed[task_id]
-            record = {key: value for key, value in fields.items() if key not in RECORD}
-            record |= {"status": status, "error": error, "failed": _stamp()}
-            if own := {key: fields[key] for key in RECORD if key in fields}:
-                record["order"] = own
-            store.data.setdefault("failed", {})[task_id] = record
-    _take(store, gone)
-    _set_failing(store, {key: record for key, record in store.failing.items() if key not in ended})
+    for task_id in [task_id for task_id in failed if task_id in gone]:
+        fields, (status, error) = store.orders[task_id], failed[task_id]
+        record = {key: value for key, value in fields.items() if key not in RECORD}
+        record |= {"status": status, "error": error, "failed": _stamp()}
+        if own := {key: fields[key] for key in RECORD if key in fields}:
+            record["order"] = own
+        store.data.setdefault("failed", {})[task_id] = record
+    if gone:
+        _take(store, gone)
+        _set_failing(store, {key: record for key, record in store.failing.items() if key not in gone})
     return bool(gone)
 
 
@@ -284,22 +281,21 @@ def _revive(store: Store, task_id: str) -> None:
     if isinstance(own, dict) and own and own.keys() <= set(RECORD):  # by `_end`
         del fields["order"]
         fields |= own
-    waiting = store.orders.get(task_id)
-    if waiting is not None:
-        _take(store, [task_id])
-    _put(store, task_id, fields | (waiting or {}))
+    if task_id in store.orders:
+        fields |= store.orders[task_id]
+        _take(store, {task_id})
+    _put(store, task_id, fields)
 
 
 def _set_failing(store: Store, records: dict[str, Fields]) -> bool:
     """Whether that changed something. What a person typed there that is no object stays."""
-    old, kept = store.failing, {key: dict(record) for key, record in records.items()}
-    if old == kept:
+    if store.failing == records:
         return False
-    stay = {
-        key: value for key, value in store.data.get("failing", {}).items() if key not in old or key in kept
-    }
-    store.data["failing"] = stay | kept
-    if not store.data["failing"]:
+    failing = store.data.setdefault("failing", {})
+    for task_id in store.failing.keys() - records.keys():
+        del failing[task_id]
+    failing |= {task_id: dict(record) for task_id, record in records.items()}
+    if not failing:
         del store.data["failing"]
     return True
 
@@ -367,25 +363,25 @@ class Watch:
                 self.problem = f"{self.path}: {what}. {LEFT}"
         raise (HalfSaved if young else DatabaseError)(self.problem)
 
-    def wait(self, patience: float) -> Store:
-        """Read it, and look again for `patience` seconds while it may be half saved."""
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                return self.read()
-            except HalfSaved:
-                if time.monotonic() >= deadline:
-                    raise
-            time.sleep(0.05)
+
+def _patiently(step: Callable[[], Given], patience: float) -> Given:
+    """What `step` gives, tried for so many seconds while somebody saves the file or has the lock."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return step()
+        except (HalfSaved, BlockingIOError):
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.01)
 
 
 def read(path: Path, patience: float = PATIENCE) -> Store:
-    """Read the file; a missing one is an empty store, an empty one is broken.
+    """Read the file; a missing one is an empty store.
 
-    patience: seconds to look again while it may be half saved, which is for SAVING seconds after it
-    changed last; HalfSaved where they end first.
+    patience: seconds to look again while it may be half saved; HalfSaved where they end.
     """
-    return Watch(path).wait(patience)
+    return _patiently(Watch(path).read, patience)
 
 
 @contextlib.contextmanager
@@ -400,14 +396,16 @@ def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
     place = _beside(path, name)
     try:
         file = os.fdopen(_open(place), "r+")
-        mine = _locked(file, patience)
+        _patiently(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB), patience)
+    except BlockingIOError:
+        with file:
+            holder = _holder(file)
+        if name == "pid":
+            raise Busy(f"a poller with {path} runs already, as {holder}. One is enough.") from None
+        raise Busy(f"{path} is being written by {holder}, which holds {place}. Try again.") from None
     except OSError as error:
         raise DatabaseError(f"cannot lock {place}: {error.strerror}. {mend(error)}") from None
     with file:
-        if not mine and name == "pid":
-            raise Busy(f"a poller with {path} runs already, as {_holder(file)}. One is enough.")
-        if not mine:
-            raise Busy(f"{path} is being written by {_holder(file)}, which holds {place}. Try again.")
         take_note(file, "")
         try:
             yield file
@@ -415,24 +413,12 @@ def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _locked(file: TextIO, patience: float) -> bool:
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-        time.sleep(0.01)
-
-
 def _holder(lock: TextIO) -> str:
     pid = lock.readline().partition(" ")[0].strip()
     try:
         return f"process {pid} ({Path(f'/proc/{int(pid)}/comm').read_text(errors='replace').strip()})"
     except (ValueError, OSError):  # nothing is noted, no Linux, or not for us to know
-        return f"process {pid or 'unknown'}"
+        return f"process {pid}" if pid else "another process"
 
 
 def take_note(lock: TextIO, note: str) -> None:
@@ -442,27 +428,29 @@ def take_note(lock: TextIO, note: str) -> None:
         os.write(lock.fileno(), f"{os.getpid()} {note}\n".encode())  # unbuffered: nothing is left for close
 
 
-def _change(path: Path | None, edit: Callable[[Store], bool], patience: float = PATIENCE) -> Store:
-    """Read the file anew, let `edit` change it, and write it where `edit` says that it did."""
-    watch = Watch(_real(path))
-    with lock(watch.path, "lock", patience):
-        return _rewrite(watch, edit, patience)
+def _change(path: Path, edit: Callable[[Store], bool], patience: float = PATIENCE) -> bool:
+    """Take the lock and rewrite; whether that changed something."""
+    watch = Watch(path)  # before there is a lock: then a file was never there
+    with lock(path, "lock", patience):
+        _, changed = _rewrite(watch, edit, patience)
+    return changed
 
 
-def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> Store:
+def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> tuple[Store, bool]:
+    """Under the lock: read the file anew, and where `edit` says that it changed something, write it."""
     while True:
-        store = watch.wait(patience)
+        store = _patiently(watch.read, patience)
         if not edit(store):
-            return store
+            return store, False
         watch.seen = ()  # until it is written, nobody knows what was read
         try:
-            written = _replace(watch.path, _text(store.data), store.version)
+            written = _replace(watch.path, _text(store), store.version)
         except RecursionError:
             raise DatabaseError(f"{watch.path}: it is nested too deeply. {LEFT}") from None
         if written:
             watch.seen = store.version = written
             watch.there = True
-            return store
+            return store, True
 
 
 def _replace(path: Path, content: bytes, seen: Version) -> Version:
@@ -600,13 +588,12 @@ class Deliveries:
 
     def _know(self, line: bytes) -> None:
         match = self.LINE.fullmatch(line)
-        if not match:
-            if line != b"\n":
-                self._say(f"{self.path}: lines that speak of no delivery are passed over.")
-        elif match[3] == b"-":
+        if match and match[3] == b"-":
             self.ids.discard(match[2].decode())
-        else:
+        elif match:
             self.ids.add(match[2].decode())
+        elif line != b"\n":
+            self._say(f"{self.path}: lines that speak of no delivery are passed over.")
 
     def _say(self, problem: str) -> None:
         if problem not in self.said:
@@ -659,7 +646,9 @@ class Deliveries:
             for line in file:
                 if word in line and (match := self.LINE.fullmatch(line)) and match[2] == word.strip():
                     last = match
-        return (last[1].decode(), last[3].decode("utf-8", "replace")) if last and last[3] != b"-" else None
+        if last is None or last[3] == b"-":
+            return None
+        return last[1].decode(), last[3].decode("utf-8", "replace")
 
     def since(self, when: datetime) -> tuple[int, str]:
         """How many deliveries there were since then, and the last line of all."""
@@ -711,7 +700,7 @@ class Database:
 
     def start(self) -> Store:
         """Read the file and the list. Raises DatabaseError."""
-        store = self.watch.wait(PATIENCE)
+        store = _patiently(self.watch.read, PATIENCE)
         self.deliveries.shorten(KEPT)
         self.failing = {key: dict(record) for key, record in store.failing.items() if key in store.orders}
         return self._shown(store)
@@ -730,8 +719,8 @@ class Database:
             self._note()
         if now >= turn.write and (look or (soon and "database" not in turn.problems)) and self._unwritten():
             store = self._tried(self._write)
-        if look and not store and not self.once:
-            store = self._tried(self._read)
+        if look and not store and not self.once and self.watch.changed():
+            store = self._tried(lambda: self._shown(self.watch.read()))
         return store
 
     def flush(self) -> bool:
@@ -764,12 +753,13 @@ class Database:
     def _refused(self, orders: Container[str]) -> dict[str, Fields]:
         return {task_id: record for task_id, record in self.failing.items() if task_id in orders}
 
-    def _tried(self, step: Callable[[], Store | None]) -> Store | None:
-        turn, store = self._turn, None
+    def _tried(self, step: Callable[[], Store]) -> Store | None:
+        turn = self._turn
         try:
             store = step()
             if not self._unwritten():
                 self._complain("database", "")
+            return store
         except Busy as error:  # somebody writes, or waits for an editor: no problem yet
             now = time.monotonic()
             turn.busy, turn.write = min(turn.busy, now), now + 0.2
@@ -779,7 +769,7 @@ class Database:
             pass
         except DatabaseError as error:
             self._complain("database", str(error))
-        return store
+        return None
 
     def _write(self) -> Store:
         turn = self._turn
@@ -787,22 +777,19 @@ class Database:
             turn.busy, begun = math.inf, time.monotonic()
             self._complain("lock", "")
             try:
-                store = _rewrite(self.watch, self._settle, 0)
+                store, _ = _rewrite(self.watch, self._settle, 0)
             finally:
                 turn.write = begun + SHARE * (time.monotonic() - begun)
         self.failed.clear()
         return self._shown(store)
 
     def _settle(self, store: Store) -> bool:
-        """Under the lock: let the file say what came of the orders; whether that changed it."""
+        """Let the file say what came of the orders; whether that changed it."""
         over = self._over(store)
         for task_id in over | self.failed.keys():
             self.failing.pop(task_id, None)
         changed = _end(store, over, self.failed)
         return _set_failing(store, self._refused(store.orders)) or changed
-
-    def _read(self) -> Store | None:
-        return self._shown(self.watch.read()) if self.watch.changed() else None
 
     def _over(self, store: Store) -> set[str]:
         """The orders of the file that are delivered; says which of them somebody brought back.
@@ -861,17 +848,15 @@ def add_order(task_id: str, project_id: str | None = None, path: Path | None = N
         raise ValueError(f"{task_id!r} is no task id: letters, digits, '.', '_' and '-', at most 128")
     if not isinstance(project_id, (str, type(None))):
         raise ValueError(f"the project id {project_id!r} is no string")
-    path, new = _real(path), False
+    path = _real(path)
 
     def edit(store: Store) -> bool:
-        nonlocal new
-        new = task_id not in store.orders and not Deliveries(path).last(task_id)
-        if new:
-            _put(store, task_id, {"projectID": project_id} if project_id else {}, new=True)
-        return new
+        if task_id in store.orders or Deliveries(path).last(task_id):
+            return False
+        _put(store, task_id, {"projectID": project_id} if project_id else {}, new=True)
+        return True
 
-    _change(path, edit)
-    return new
+    return _change(path, edit)
 
 
 def remove_order(task_id: str, path: Path | None = None) -> None:
@@ -880,18 +865,15 @@ def remove_order(task_id: str, path: Path | None = None) -> None:
 
 
 def end_orders(
-    delivered: Iterable[str],
-    failed: Mapping[str, tuple[int | None, str]],
-    path: Path | None = None,
-    patience: float = PATIENCE,
-) -> Store:
+    delivered: Iterable[str], failed: Failures, path: Path | None = None, patience: float = PATIENCE
+) -> None:
     """Take delivered orders out and move failed ones under "failed", all in one write.
 
-    failed: task id to HTTP status and what GraFx said. What somebody took out meanwhile stays out.
-    patience: seconds to wait for the lock. Where DatabaseError is raised, nothing has changed.
+    What somebody took out meanwhile stays out. Where DatabaseError is raised, nothing has changed.
+    patience: seconds to wait for the lock.
     """
-    delivered = list(delivered)  # `edit` may be called twice
-    return _change(path, lambda store: _end(store, delivered, failed), patience)
+    delivered = list(delivered)  # `_end` may be called twice
+    _change(_real(path), lambda store: _end(store, delivered, failed), patience)
 
 
 def retry_orders(
@@ -910,9 +892,9 @@ def retry_orders(
     def edit(store: Store) -> bool:
         deliveries, failed = Deliveries(path), store.failed
         deliveries.refresh()
-        moved[:] = [task_id for task_id, record in failed.items() if is_task_id(task_id)
-                    and (asked is None or task_id in asked) and _matches(record, since, status)]  # fmt: skip
-        moved.extend(task_id for task_id in asked or () if task_id in deliveries and task_id not in failed)
+        named = [task_id for task_id in (failed if asked is None else asked) if is_task_id(task_id)]
+        moved[:] = [key for key in named if key in failed and _matches(failed[key], since, status)]
+        moved.extend(task_id for task_id in named if task_id in deliveries and task_id not in failed)
         if again := {task_id: "-" for task_id in moved if task_id in deliveries}:
             deliveries.add(again)  # before it waits, or the poller would take it out
         for task_id in moved:
@@ -1016,8 +998,8 @@ def main() -> int:
     retry = commands.add_parser("retry", help="ask about failed orders again, or deliver one again")
     retry.add_argument("task_id", metavar="TASK_ID", nargs="?", help="one that failed or was delivered")
     retry.add_argument("--all", action="store_true", help="all that failed")
-    retry.add_argument("--since", metavar="UTC", type=utc, help="those since then, say 2026-01-31T12:00:00Z")
-    retry.add_argument("--status", metavar="N", type=int, help="those that failed with this HTTP status")
+    retry.add_argument("--since", metavar="UTC", type=utc, help="failed since then, say 2026-01-31T12:00:00Z")
+    retry.add_argument("--status", metavar="N", type=int, help="failed with this HTTP status")
     given = parser.parse_args()
     if given.command == "retry":
         some = given.since is not None or given.status is not None

@@ -974,32 +974,30 @@ class Telling:
         ready, self.told = "" if self.told else "READY=1\n", now
         poller.troubles.tell()
         loading = [order for order in poller.asking.values() if order.loading()]
-        waits, wrong = self.wrong(poller)
-        if wrong != self.note:
-            self.note = wrong
-            db.take_note(self.lock, wrong)
+        waits, wrong, stuck = *self.wrong(poller), poller.troubles.worst()
+        if (note := "; ".join(filter(None, (wrong, stuck)))) != self.note:
+            self.note = note
+            db.take_note(self.lock, note)
         counts = self.counts(poller, loading)
         # From the loop, so only while it turns.
-        status = "; ".join(filter(None, (waits + wrong, counts, self.last)))
+        status = "; ".join(filter(None, (waits + note, counts, self.last)))
         notify(f"{ready}WATCHDOG=1\nSTATUS={status}")
         parts = [waits + wrong, *(f"{order.task_id[:8]} {order.loading()}" for order in loading), counts]
         pause = poller.waiting.first() - now
         if pause < 1e6 and not waits:
             parts.append(f"asks in {max(0.0, pause):.0f} s")
-        self.screen.show(" | ".join(filter(None, (*parts, self.last))))
+        self.screen.show(" | ".join(filter(None, (*parts, self.last, stuck))))
         for order in loading:
             if not self.screen.terminal and now >= max(order.asked, order.logged) + PROGRESS:
                 order.logged = now
                 log.info("%s downloading: %s", order.task_id, order.loading())
 
     def wrong(self, poller: Poller) -> tuple[str, str]:
-        """What is wrong: when it is tried again, and what it is; the worst first."""
+        """What is wrong for all orders: when it is tried again, and what it is."""
         pause, outage = poller.outage.pause(), poller.outage.error
         waits = f"again in {pause:.0f} s: " if pause else ""
-        found = [str(outage) if outage else "GraFx wants to be left alone" if pause else ""]
-        found.append(poller.database.problem)
-        found.append(poller.troubles.worst())
-        return waits, "; ".join(filter(None, found))
+        found = str(outage) if outage else "GraFx wants to be left alone" if pause else ""
+        return waits, "; ".join(filter(None, (found, poller.database.problem)))
 
     def counts(self, poller: Poller, loading: list[Order]) -> str:
         """How many orders are in which state, each in one."""

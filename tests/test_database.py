@@ -185,13 +185,17 @@ def test_writing_takes_a_small_part_of_the_time(database: db.Database) -> None:
     told(database, lambda store: len(store.orders) == 20_000)
     turns(database, 0.1)
     begun, used, writes, seen = time.monotonic(), time.process_time(), 0, db.version(database.path)
-    for number in range(400):
-        database.delivered[f"t{number}"] = "x.png"
+    number = 0
+    while number < 400 or writes < 2:  # where the disk is slow, the second one comes later
+        if number < 400:
+            database.delivered[f"t{number}"] = "x.png"
+        assert number < 10_000
+        number += 1
         database.sync(True)
         writes, seen = writes + (seen != db.version(database.path)), db.version(database.path)
         time.sleep(0.01)
     part = (time.process_time() - used) / (time.monotonic() - begun)
-    assert 2 <= writes <= 8
+    assert writes <= 8
     assert part < 0.15  # 0.05 for writing, the rest for the list, and the first write is free
     assert database.flush()
     assert len(content(database)["orders"]) == 19_600

@@ -567,7 +567,8 @@ def test_while_it_fails_everybody_is_told(desk: Desk) -> None:
             assert line.isprintable()
             eventually(lambda: re.search(told, home.db("list").stdout), "db.py list")
             eventually(
-                lambda: [text for text in live_lines() if re.search(told, text)], str(live_lines()[-3:])
+                lambda: [text for text in live_lines() if re.search("2 stuck: ON_DONE ended with 1", text)],
+                str(live_lines()[-3:]),
             )
             assert all(len(text) < 80 for text in live_lines())
 
