@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import Home, Relay, Wire
-from sandbox import TYPES, Sandbox
+from sandbox import PAGE, TYPES, Sandbox
 
 import chili
 
@@ -270,6 +270,7 @@ def test_answers_that_speak_of_the_order(
         ("status-503", {"body": b"<html>", "content_type": "text/html"}),
         ("500-plain", {}),
         ("500-empty", {}),
+        *(("coding", {"value": value}) for value in ("deflate", "br", "zstd", "gzip, gzip")),
         ("status-502", {"body": b"", "content_type": "text/plain"}),
         ("reset", {}),
         ("close", {}),
@@ -416,6 +417,7 @@ def test_refused_credentials_have_an_exception_of_their_own(ask: Asker) -> None:
     ("fault", "options"),
     [
         *((f"status-{status}", {}) for status in (404, 429, 500, 503)),
+        *((f"status-{status}", {"body": PAGE, "content_type": "text/html"}) for status in (400, 401, 403)),
         *((name, {}) for name in ("cut-json", "html", "empty", "reset", "redirect-away", "echo-token")),
         ("huge", {"size": TOO_LONG}),
         *(

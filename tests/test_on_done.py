@@ -417,20 +417,62 @@ def test_a_file_that_is_being_handed_over_is_no_download(desk: Desk) -> None:
     assert "downloading" not in running.log()
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP], ids=lambda how: how.name)
 @pytest.mark.parametrize("trap", ["", "touch $FOLDER/tidied; exit 1"], ids=["ignores SIGTERM", "tidies up"])
-def test_a_stop_ends_it_with_all_that_it_started(desk: Desk, trap: str) -> None:
+def test_a_stop_ends_it_with_all_that_it_started(desk: Desk, trap: str, how: int) -> None:
     home = desk.home
     desk.command(f"trap '{trap}' TERM\n{FAMILY}wait; wait; exit 1")
     task_id = desk.order()
     running = home.start(before=QUICK)
     eventually(lambda: len(desk.alive()) == 4)
     began = time.monotonic()
-    assert running.stop() == 0
+    assert running.stop(how) == 0
     assert time.monotonic() < began + 2
     eventually(lambda: not desk.alive(), "all ended", 5)
     assert (home.folder / "tidied").exists() == bool(trap)  # it is asked before it is forced
     assert list(home.waiting()) == [task_id]
     assert home.files() == [f"{task_id}.png"]
+
+
+def test_what_the_poller_ended_has_not_ended_with_0(desk: Desk) -> None:
+    """Whatever its exit code: it came to its end only when it was left in peace. The next start does that."""
+    home = desk.home
+    desk.command(
+        """trap 'echo "tidied up"; exit 0' TERM\n"""
+        '[ -e "$FOLDER/go" ] || { echo begun; while :; do sleep 0.05; done; }\n'
+        'echo "$TASK_ID" >>"$FOLDER/done"'
+    )
+    task_id = desk.order()
+    running = home.start(before=QUICK)
+    running.says("ON_DONE says: begun")
+    assert running.stop() == 0
+    assert "ON_DONE says: tidied up" in running.log()
+    assert f"{task_id}: ON_DONE was ended by the poller" in running.log()
+    assert not re.search(f"{task_id} delivered", running.log())
+    assert list(home.waiting()) == [task_id]
+    desk.go()
+    assert home.run("--once").process.returncode == 0
+    assert (home.folder / "done").read_text() == f"{task_id}\n"
+    assert (home.waiting(), len(desk.calls()), desk.downloads(task_id)) == ({}, 2, 1)
+
+
+def test_a_closed_terminal_leaves_no_command_running_alone(desk: Desk) -> None:
+    home = desk.home
+    desk.command(f"{FAMILY}wait")
+    task_id = desk.order()
+    process, terminal = pty.fork()
+    if not process:
+        os.execve(sys.executable, home.command(before=QUICK), home.environment(TERM="xterm"))
+    try:
+        # It is read on, or the poller's log would fill the terminal.
+        eventually(lambda: len(desk.alive()) == 4 and os.read(terminal, 65536), "the command runs")
+        os.close(terminal)
+        assert eventually(lambda: not is_alive(process)) and os.waitpid(process, 0)[1] == 0
+    finally:
+        if is_alive(process):
+            os.kill(process, signal.SIGKILL)
+    eventually(lambda: not desk.alive(), "all ended", 5)
+    assert list(home.waiting()) == [task_id]
 
 
 # --- settings --------------------------------------------------------------------------------

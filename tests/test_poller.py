@@ -373,6 +373,24 @@ def test_a_full_disk_only_makes_it_wait(home: Home) -> None:
     assert daemon.stop() == 0
 
 
+def test_a_folder_that_takes_no_file_is_over_with_a_delivery_and_not_before(home: Home) -> None:
+    """What GraFx answers meanwhile about others says nothing of the disk."""
+    rendering, done = home.grafx.add("never"), home.grafx.add()
+    home.wait_for(rendering)
+    daemon = home.start(before=QUICK)
+    eventually(lambda: asked(home.grafx, rendering))
+    home.orders.rmdir()
+    home.db("add", done)
+    daemon.says("all orders wait: cannot write to .*: make it")
+    count = len(asked(home.grafx, rendering))
+    eventually(lambda: len(asked(home.grafx, rendering)) > count + 3)
+    assert "over: " not in daemon.log()
+    home.orders.mkdir()
+    daemon.says(f"{done} delivered")
+    daemon.says("over: cannot write to")
+    assert daemon.stop() == 0
+
+
 # --- database.json while it runs -------------------------------------------------------------
 
 
@@ -381,7 +399,8 @@ def test_the_file_is_read_where_it_changed_and_written_once_for_a_sweep(home: Ho
     tasks = [grafx.add() for _ in range(40)]
     pending = grafx.add("never")
     home.wait_for(*tasks, pending)
-    daemon = home.start(before=f"db.LOOK = 0.1; {WATCH}", CONCURRENCY="4", POLL_INTERVAL="3600")
+    before = f"db.LOOK = 0.1; poller.SHORTEST_PAUSE = 3600; {WATCH}"
+    daemon = home.start(before=before, CONCURRENCY="4", POLL_INTERVAL="3600")
 
     def count(what: str) -> int:
         return len(re.findall(rf"<{what} [^>]*{re.escape(home.database.name)}>", daemon.log()))
@@ -588,6 +607,20 @@ def test_an_order_that_was_taken_out_leaves_no_trouble_behind(home: Home) -> Non
     home.wait_for(task_id)
     running.says(f"{task_id} delivered")
     assert "GraFx is away" not in running.log()
+
+
+def test_who_was_asked_before_an_outage_was_over_does_not_begin_it_anew(home: Home) -> None:
+    home.wait_for("late", "early")
+    away = "(_ for _ in ()).throw(chili.AskAgainLater('GraFx is away', shared=True))"
+    answers = (
+        f"{{'late': lambda: (time.sleep(2), {away}), 'early': lambda: {away} if not tries.pop() else False}}"
+    )
+    ask = f"lambda task_id, *more: {answers}[task_id]()"
+    before = f"{QUICK}; poller.MINUTE = 0; import time; tries = [1] * 99 + [0]; chili.order_done = {ask}"
+    daemon = home.start("-v", before=before, CONCURRENCY="2")
+    daemon.says("late waits: GraFx is away")  # it alone
+    daemon.stop()
+    assert daemon.log().count("all orders wait") == 1
 
 
 def test_after_sigterm_nothing_is_asked(home: Home) -> None:
