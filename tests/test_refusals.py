@@ -60,7 +60,7 @@ def test_from_the_first_refusal_on_it_stands_under_failing_and_goes_on_waiting(h
     # Said once, with GraFx's words, the project, and until when it is asked; and once that it is over.
     (said,) = re.findall(rf"WARNING {task} refused: (.*)", daemon.log())
     assert re.fullmatch(
-        r"Invalid list.*'XXL'.*, project p-1; asked until \d\d:\d\d:\d\d before it counts as .*", said
+        r"Invalid list.*'XXL'.* \(project p-1; asked until \d\d:\d\d:\d\d, then it has failed\)", said
     )
     grafx._tasks[task].kind = "never"
     daemon.says(rf"INFO +over: {task} refused: Invalid list")
