@@ -231,15 +231,19 @@ def test_a_stop_while_it_still_imports_is_quiet(app: Path, how: int) -> None:
     assert process.returncode == 0
 
 
-def test_a_loop_that_breaks_ends_at_once_while_threads_hang_and_a_command_runs(home: Home) -> None:
+def test_a_loop_that_breaks_ends_at_once_while_threads_hang_and_a_command_runs(home: Home, app: Path) -> None:
     done = home.grafx.add()
     home.grafx.fault("task", "hang", task_id="hangs", times=None)
     home.wait_for(done, home.grafx.add(task_id="hangs"))
-    broken = (  # the daemon is started in home.folder
-        "import os; tell = poller.Telling.tell; "
-        "poller.Telling.tell = lambda *a: 1 / 0 if os.path.exists('break') else tell(*a)"
+    code = (app / "poller.py").read_text()
+    turn = "            self.telling.tell(self)\n"
+    assert code.count(turn) == 1
+    (app / "poller.py").write_text(
+        code.replace(turn, turn + "            1 / (not os.path.exists('break'))\n")
     )
-    daemon = home.start(before=f"{QUICK}; {broken}", ON_DONE="sh -c 'echo it runs; exec sleep 987'")
+    env = home.environment(ON_DONE="sh -c 'echo it runs; exec sleep 987'")
+    daemon = Running(home, [sys.executable, str(app / "poller.py")], env)
+    home.pollers.append(daemon)
     daemon.says("ON_DONE says: it runs")
     eventually(lambda: [request for request in home.grafx.requests if request.task_id == "hangs"])
     command = psutil.Process(daemon.process.pid).children()
