@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import logging
 import math
@@ -641,11 +642,12 @@ class Deliveries:
 
     def last(self, task_id: str) -> tuple[str, str] | None:
         """When an order was delivered (UTC) and as which file, without making sense of all of the list."""
-        last, word = None, f" {task_id} ".encode()
-        with contextlib.suppress(OSError), self.path.open("rb") as file:
-            for line in file:
-                if word in line and (match := self.LINE.fullmatch(line)) and match[2] == word.strip():
-                    last = match
+        text, last, word = b"", None, f" {task_id} ".encode()
+        with contextlib.suppress(OSError):
+            text = self.path.read_bytes()
+        for line in io.BytesIO(text) if word in text else ():  # it seldom is
+            if word in line and (match := self.LINE.fullmatch(line)) and match[2] == word.strip():
+                last = match
         if last is None or last[3] == b"-":
             return None
         return last[1].decode(), last[3].decode("utf-8", "replace")

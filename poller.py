@@ -14,7 +14,8 @@ import signal
 
 if __name__ == "__main__":  # before the slow imports: until `run` has its own, a stop needs no words
     for _name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(_name, lambda *_: os._exit(0))
+        if signal.getsignal(_name) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(_name, lambda *_: os._exit(0))
 
 import argparse
 import contextlib
@@ -35,7 +36,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -304,7 +305,10 @@ def notify(state: str) -> None:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.setblocking(False)
-        sock.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
+        sock.sendto(
+            state.encode(errors="replace"),
+            address.replace("@", "\0", 1) if address.startswith("@") else address,
+        )
 
 
 def duration(seconds: float) -> str:
@@ -409,7 +413,7 @@ class Trouble:
 
     text: str
     remind: bool
-    orders: set[str]
+    orders: dict[str, Order]
     since: float
     due: float  # when it is told again
     unsaid: int = 0  # orders that met it since it was said
@@ -424,23 +428,24 @@ class Troubles:
     def meet(self, order: Order, text: str, more: str = "", remind: bool = True, quiet: bool = False) -> None:
         """The order is in it; `more` is only said of this order."""
         kind = re.sub(r"[\w-]*\d[\w.-]*", "#", text)  # ids and numbers apart
-        if kind in order.met:
+        known = kind in order.met
+        order.met = (*(other for other in order.met if other != kind), kind)  # the present one stands last
+        if known:
             return
-        order.met = (*order.met, kind)
         now = time.monotonic()
         if kind in self._kinds:
             self._kinds[kind].unsaid += not quiet
         else:
-            self._kinds[kind] = Trouble(text, remind, set(), now, now + MINUTE)
+            self._kinds[kind] = Trouble(text, remind, {}, now, now + MINUTE)
             if not quiet:
                 log.warning("%s %s%s", order.task_id, text, more)
-        self._kinds[kind].orders.add(order.task_id)
+        self._kinds[kind].orders[order.task_id] = order
 
     def over(self, order: Order, quiet: bool = False) -> None:
         """The order is out of all of them; `quiet` where it did not end well."""
         for kind in order.met:
             trouble = self._kinds[kind]
-            trouble.orders.discard(order.task_id)
+            trouble.orders.pop(order.task_id, None)
             if not trouble.orders:
                 del self._kinds[kind]
                 more = f" ({trouble.unsaid} more orders met it)" if trouble.unsaid else ""
@@ -451,21 +456,27 @@ class Troubles:
     def tell(self) -> None:
         """After 1, 4, 16 … minutes what is still not over, or was met by more orders."""
         now = time.monotonic()
-        for trouble in self._kinds.values():
+        for trouble, stuck in self.present():
             if now < trouble.due or not (trouble.remind or trouble.unsaid):
                 continue
-            lasts = now - trouble.since
-            some, others = ", ".join(sorted(trouble.orders)[:3]), len(trouble.orders) - 3
-            some += f" and {others} more" * (others > 0)
+            lasts, others = now - trouble.since, len(stuck) - 3
+            some = ", ".join(sorted(stuck)[:3]) + f" and {others} more" * (others > 0)
             more = f" ({trouble.unsaid} more met it)" * bool(trouble.unsaid)
             log.warning("still after %s%s: %s %s", duration(lasts), more, some, trouble.text)
             trouble.due, trouble.unsaid = now + min(3 * lasts, 60 * MINUTE), 0
 
+    def present(self) -> Iterator[tuple[Trouble, list[str]]]:
+        """The oldest first, each with the orders that are in it just now."""
+        for kind, trouble in self._kinds.items():
+            stuck = [task_id for task_id, order in trouble.orders.items() if order.met[-1] == kind]
+            if stuck:
+                yield trouble, stuck
+
     def worst(self) -> str:
         """The one that has lasted longest, for the live line."""
-        for trouble in self._kinds.values():
+        for trouble, stuck in self.present():
             if trouble.remind:
-                return f"{len(trouble.orders)} stuck: {trouble.text.removeprefix('waits: ')}"
+                return f"{len(stuck)} stuck: {trouble.text.removeprefix('waits: ')}"
         return ""
 
 
@@ -479,11 +490,12 @@ class Outage:
         self.lately: dict[str, float] = {}  # what was over, and when: not worth a word again so soon
         self.times = 0  # tries in a row
         self.until = self.alone = 0.0  # the next try; how long GraFx wants to be left alone
-        self.over = 0.0  # when the last one was over
+        self.since = 0.0  # when it began; where there is none, when the last one was over
 
     def begins(self, error: chili.AskAgainLater) -> None:
         """It was met, perhaps once more."""
         now = time.monotonic()
+        self.since = self.since if self.error else now
         if now >= self.until:
             self.times += 1
             self.until = now + growing(self.times, self.longest)
@@ -496,13 +508,13 @@ class Outage:
         self.error = error
 
     def ends(self, delivered: bool) -> None:
-        """An answer came; where it was the disk, it takes a delivery to show that it is over."""
+        """The way is free; where it was the disk, it takes a file on it to show that."""
         if self.error is None or (isinstance(self.error, chili.CannotWrite) and not delivered):
             return
-        self.over = time.monotonic()
+        self.since = time.monotonic()
         for text in filter(None, self.said):
-            log.info("over: %s, after %s", text, duration(self.over - self.said[text]))
-            self.lately[text] = self.over
+            log.info("over: %s, after %s", text, duration(self.since - self.said[text]))
+            self.lately[text] = self.since
         self.error, self.said, self.times, self.until = None, {}, 0, 0.0
 
     def pause(self) -> float:
@@ -665,7 +677,6 @@ class Poller:
 
     def run(self) -> int:
         """Poll until a signal, with `once` until each order was asked about; returns the exit code."""
-        self.begin()
         while True:
             self.take(self.database.sync(soon=not self.asking and self.waiting.first() > time.monotonic()))
             self.ask_due_orders()
@@ -685,7 +696,8 @@ class Poller:
         )  # fmt: skip
         self.take(store)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(name, self.on_signal)
+            if signal.getsignal(name) != signal.SIG_IGN:
+                signal.signal(name, self.on_signal)
         for _ in range(self.settings.concurrency):
             # Daemons: a thread that hangs in a name lookup must not hold up the stop.
             threading.Thread(target=self.work, daemon=True).start()
@@ -750,7 +762,7 @@ class Poller:
             order = self.todo.get()
             try:
                 answer: Any = self.ask(order) if order else self.grafx.token.get()
-            except Exception as error:  # noqa: BLE001 - `hear` looks at what it is
+            except Exception as error:  # noqa: BLE001 - `heard` looks at what it is
                 answer = error
             self.answers.put((order, answer))
 
@@ -769,7 +781,7 @@ class Poller:
         return True
 
     def hear_answers(self) -> None:
-        """Wait for an answer, but no longer than to the next order due, the next look, the next picture."""
+        """Wait for an answer, but no longer than to the next order due, the next look, the next live line."""
         now = time.monotonic()
         until = now + (0.2 if self.telling.screen.terminal and self.asking else db.LOOK)
         if self.ready and len(self.asking) < self.settings.concurrency:
@@ -810,7 +822,7 @@ class Poller:
         if isinstance(answer, chili.AskAgainLater) and self.waiting:
             self.outage.begins(answer)
         elif isinstance(answer, Exception) and not self.stopping:
-            log.warning("%s; it is tried again when an order waits", answer)
+            log.warning("%s%s", answer, "" if self.once else "; it is tried again when an order waits")
 
     def delivered(self, order: Order) -> None:
         """Its file is whole on the disk, and handed over: it may leave database.json."""
@@ -873,11 +885,15 @@ class Poller:
             log.log(logging.DEBUG if self.outage.pause() else logging.WARNING,
                     "GraFx wants to be left alone for %.0f s", error.pause)  # fmt: skip
             self.outage.leave_alone(error.pause)
-        if error.shared and order.asked >= self.outage.over:  # else it was asked before that was over
+        # Who was asked before the present state began says nothing of it.
+        now = order.asked >= self.outage.since
+        if error.shared and (now or self.outage.error):
             self.outage.begins(error)
             self.telling.results["stuck"] += 1
             self.again(order, 0.0)
             return
+        if now and not isinstance(error, NotHandedOver):
+            self.outage.ends(delivered=False)
         order.troubles += 1
         self.troubles.meet(order, f"waits: {error}")
         self.telling.count(order, "not handed over" if isinstance(error, NotHandedOver) else "stuck")
@@ -886,15 +902,14 @@ class Poller:
     def unforeseen(self, order: Order, error: Exception) -> None:
         """A fault of ours: it is said once with all that helps to find it, and the order goes on waiting."""
         later = chili.AskAgainLater(f"unexpected {type(error).__name__}")
-        if order.troubles == 0:
+        if f"waits: {later}" not in order.met:
             log.error("%s: unexpected error, please report it", order.task_id, exc_info=error)
         self.later(order, later)
 
     def over(self, order: Order, delivered: bool = False) -> None:
         """A good answer: what the order was in, and perhaps all orders, is over."""
-        if not delivered or order.size:  # else nobody was asked: the file was here
-            self.outage.ends(delivered=False)
-        if delivered:
+        came = order.size > 0 and (not self.hand_off or order.asked >= self.outage.since)
+        if came or not delivered:  # else the file was here, or the command took long
             self.outage.ends(delivered)
         order.troubles = 0
         self.not_refused(order)
@@ -1029,7 +1044,8 @@ def check(settings: Settings) -> int:
     )
 
     def database() -> str:
-        store = db.read(settings.database)
+        with db.lock(settings.database, "lock", db.PATIENCE):  # as it has to be written
+            store = db.read(settings.database)
         return f"{settings.database}: {len(store.orders)} waiting, {len(store.failed)} failed"
 
     def folder() -> str:
@@ -1041,6 +1057,8 @@ def check(settings: Settings) -> int:
         return f"{settings.token_url} gives one"
 
     def answers() -> str:
+        if not grafx.token.issued:
+            raise chili.AskAgainLater("not asked, since there is no token")
         return chili.try_out(grafx)
 
     code = 0
@@ -1062,7 +1080,7 @@ def arguments() -> argparse.Namespace:
         description="Fetch the files of finished GraFx orders: from database.json to ./orders.",
         epilog="Settings come from the environment and .env beside poller.py; README.md lists them."
         " Exit codes: 0 done; 1 an order failed or could not be asked, or the poller cannot start;"
-        " 78 wrong settings or refused credentials.",
+        " 70 a fault of the poller's own; 78 wrong settings or refused credentials.",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--once", action="store_true", help="ask about each order once, and end")
@@ -1103,10 +1121,9 @@ def run(settings: Settings, screen: Screen, once: bool) -> int:
         prepare_folder(settings.orders_dir)
         chili.remove_leftovers(settings.orders_dir)
         poller = Poller(settings, screen, lock, once)
+        poller.begin()
         try:
             return poller.run()
-        except (db.DatabaseError, OSError):
-            raise
         except Exception:
             poller.hand_off.stop(signal.SIGKILL)
             log.critical("the poller is broken and ends, please report it", exc_info=True)
