@@ -1,6 +1,6 @@
 """GraFx: the token, the question about a task, the download. Knows nothing of the queue.
 
-The way in is `order_done`, at the end of this file; above it stand, from the bottom up, what it uses.
+The way in is `order_done`, after what it uses: `Connections` and their `Answer`, the token, `GraFx`.
 
 Facts about GraFx are from CHILI's documentation (github.com/chili-publish/grafx-documentation,
 August 2026), its workshop "Building a template store", section 14, and RFCs where one is named.
@@ -48,9 +48,9 @@ ANSWER_TIME = 60.0  # seconds for a whole small answer, and for each PIECE of a 
 PIECE = 64 * 1024  # bytes; with ANSWER_TIME: slower than 1 KiB/s counts as stuck
 ANSWER_SIZE = 1024 * 1024  # bytes of an answer that is not a file; GraFx's are below 10 kB
 LONGEST_PAUSE = 300.0  # seconds: the most that a Retry-After is obeyed
-TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed; and how long one is not doubted
+TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
 REDIRECTS = 5
-SUSPECTS = 8  # tasks in a row that may be refused by a token without that all have to wait
+NOBODYS = "00000000-0000-0000-0000-000000000000"  # no task has this id
 SERVERS = 10  # whose connections are kept
 HEADERS = {"Accept": "application/json, */*", "Accept-Encoding": "identity", "User-Agent": "grafx-poller"}
 
@@ -65,6 +65,8 @@ FORMATS = {
 }
 NO_TYPE = ("", "application/octet-stream", "binary/octet-stream")
 PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
+
+GRAFX, TOKEN_SERVER, DOWNLOAD = "GraFx", "the token server", "the download's server"  # who is asked
 
 log = logging.getLogger("chili")
 Progress = Callable[[int, "int | None"], None]  # bytes so far, bytes in all where GraFx says so
@@ -230,7 +232,7 @@ class Connections(HTTPAdapter):
                 assert_same_host=False, preload_content=False, decode_content=False,
             )  # fmt: skip
             outcome = response.status
-            return Answer(self, response, url)
+            return Answer(self, response, url, who)
         except (
             requests.RequestException, HTTPError, http.client.HTTPException, ValueError, OSError,
         ) as error:  # fmt: skip
@@ -257,7 +259,7 @@ class Connections(HTTPAdapter):
         found = requests.Session().merge_environment_settings(url, {}, None, None, None)
         bundle = DEFAULT_CA_BUNDLE_PATH if found["verify"] is True else str(found["verify"])
         if not Path(bundle).exists():
-            raise OSError(f"REQUESTS_CA_BUNDLE is no file or folder: {bundle}")
+            raise OSError(f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE is no file or folder: {bundle}")
         request = requests.Request("GET", url).prepare()
         try:
             pool: Any = self.get_connection_with_tls_context(request, bundle, found["proxies"])
@@ -313,9 +315,6 @@ def _no_answer(who: str, host: str, proxy: Any, error: Exception) -> AskAgainLat
     )
 
 
-GRAFX, TOKEN_SERVER, DOWNLOAD = "GraFx", "the token server", "the download's server"
-
-
 class Answer:
     """An answer, its body unread: `with … as answer:`.
 
@@ -324,8 +323,8 @@ class Answer:
     read to its end. On all others somebody may have more to say, which the next order would hear.
     """
 
-    def __init__(self, connections: Connections, response: HTTPResponse, url: str) -> None:
-        self.status, self.headers, self.url = response.status, response.headers, url
+    def __init__(self, connections: Connections, response: HTTPResponse, url: str, who: str) -> None:
+        self.status, self.headers, self.url, self.who = response.status, response.headers, url, who
         self._connections, self._response, self._came = connections, response, 0
         # By itself it would let another thread have its connection as soon as it is read.
         response.release_conn = lambda: None  # type: ignore[method-assign]
@@ -409,26 +408,28 @@ class Answer:
             return None
         return min(max(seconds, 0.0), LONGEST_PAUSE)
 
-    def redirect(self) -> str | None:
+    @property
+    def redirects(self) -> bool:
+        return bool(self._response.get_redirect_location())
+
+    def redirect(self) -> str:
         """Where else to ask. Raises AskAgainLater."""
-        location = self._response.get_redirect_location()
-        if not location:
-            return None
+        self.json()  # so that the connection can be used again
         try:
-            return cleaned(urljoin(self.url, location))
+            return cleaned(urljoin(self.url, str(self._response.get_redirect_location())))
         except ValueError:
             raise AskAgainLater("redirected to what is no http address") from None
 
     def trouble(self, what: str = "") -> OrderRefused | AskAgainLater:
         """What an answer that is neither 200 nor 204 means, in one line. Raises AskAgainLater."""
-        answer = self.json()
+        plainly = f"{what}{self.who} answered {self}"
+        passing = self.status in (401, 407, 408, 425, 429) or not 400 <= self.status <= 500
+        answer = None if passing else self.json()
         problem = answer if isinstance(answer, dict) else {}  # RFC 9457
         said = ": ".join(plain(problem[key]) for key in ("title", "detail") if problem.get(key))
-        if (self.status == 500 and said) or (
-            400 <= self.status < 500 and self.status not in (401, 407, 408, 425, 429)
-        ):
-            return OrderRefused(what + (said or f"GraFx answered {self}"), self.status)
-        return AskAgainLater(f"{what}GraFx answered {self}", pause=self.pause())
+        if passing or (self.status == 500 and not said):
+            return AskAgainLater(plainly, pause=self.pause() if self.who == GRAFX else None)
+        return OrderRefused(what + said if said else plainly, self.status)
 
 
 class Pace:
@@ -478,8 +479,9 @@ class Pace:
 @dataclass(eq=False)
 class _Token:
     value: str = field(repr=False)
-    renew: float  # monotonic seconds
-    issued: float
+    issued: float  # monotonic seconds, as are these
+    renew: float
+    ends: float
     worked: bool = False  # GraFx has taken it
 
 
@@ -505,16 +507,18 @@ class DangerousToken:
         """
         began = time.monotonic()
         with self._lock:
-            if self._error and began < self._error[0]:
-                raise self._error[1]  # failed while this thread waited for its turn, or is to be left alone
             token = self._token
             # By identity: the endpoint caches, so that a new fetch may bring the same text again.
             if token is None or token is refused or time.monotonic() >= token.renew:
+                if self._error and began < self._error[0]:
+                    raise self._error[1]  # failed while this thread waited, or is to be left alone
                 try:
                     token = self._token = self._fetch()
                 except AskAgainLater as error:
                     self._error = (time.monotonic() + (error.pause or 0.0), error)
-                    raise
+                    if token is None or token is refused or time.monotonic() >= token.ends:
+                        raise
+                    token.renew = time.monotonic() + TOKEN_MARGIN / 10  # it is still good for a while
             return token
 
     def _fetch(self) -> _Token:
@@ -540,9 +544,9 @@ class DangerousToken:
                 shared=True,
                 pause=answer.pause(),
             )
-        value, lasts = str(said.get("access_token") or ""), said.get("expires_in")
+        value, lasts = said.get("access_token"), said.get("expires_in")
         # RFC 6750, section 2.1. Anything else in a header would end up in an exception's text.
-        if answer.status != 200 or not re.fullmatch(r"[\x21-\x7e]+", value):
+        if answer.status != 200 or not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
             without = " without one" * (answer.status == 200)
             raise AskAgainLater(f"{self._url} answered {answer}{without}", pause=answer.pause())
         if not isinstance(lasts, (int, float)) or not 0 < lasts < 1e9:
@@ -550,7 +554,7 @@ class DangerousToken:
         self.issued = True
         _secrets.extend((self._secret, value))
         now = time.monotonic()
-        return _Token(value, now + lasts - min(TOKEN_MARGIN, lasts / 2), now)
+        return _Token(value, now, now + lasts - min(TOKEN_MARGIN, lasts / 2), now + lasts)
 
 
 # --- one environment -------------------------------------------------------------------------
@@ -578,8 +582,6 @@ class GraFx:
         )
         self.connections, self.pace = Connections(size), Pace()
         self.token = DangerousToken(self.connections, token_url, client_id, client_secret)
-        self._suspects: set[str] = set()  # addresses for which two tokens in a row were refused
-        self._in_a_row = SUSPECTS  # such refusals, without a good answer in between
 
     def get(self, url: str) -> Answer:
         """GET, redirects followed; the token goes along to this environment's server and nowhere else.
@@ -601,47 +603,40 @@ class GraFx:
                 answer = self._ask_home(url, token)
                 if answer.status == 401:
                     with answer:
-                        self._doubt(url, token, refused)
+                        self._whose_fault(token, refused)
                     refused = token
                     continue
-            location = answer.redirect()
-            if not location:
+            if not answer.redirects:
                 return answer
             with answer:
-                answer.json()  # so that the connection can be used again
-            url = location
+                url = answer.redirect()
         raise AskAgainLater("redirected in circles")
 
     def _ask_home(self, url: str, token: _Token) -> Answer:
         turn = self.pace.wait()
         answer = self.connections.ask(GRAFX, "GET", url, HEADERS | {"Authorization": f"Bearer {token.value}"})
         self.pace.heard(answer.status, turn)
-        if answer.status < 400:
-            token.worked, self._in_a_row = True, 0
-            self._suspects.discard(url)
+        token.worked = token.worked or answer.status < 400
         return answer
 
-    def _doubt(self, url: str, token: _Token, before: _Token | None) -> None:
-        """A 401: returns where a new token is worth a try, as it is mostly; else says whose fault it is.
+    def _whose_fault(self, token: _Token, before: _Token | None) -> None:
+        """A 401: returns where a new token is worth a try; else raises OrderRefused, AskAgainLater.
 
-        `before` is the token that was refused just before this one, for the same address.
+        before: the token that was refused just before this one, for the same address. A task that cannot
+        exist shows whether GraFx takes the token: if so, it is the order's own refusal.
         """
-        young = time.monotonic() < token.issued + TOKEN_MARGIN
-        if url in self._suspects and ((token.worked and young) or (before and before.worked)):
-            raise OrderRefused("GraFx takes the token for other tasks, but not for this one", 401)
+        if before or token.worked:
+            with self._ask_home(self.tasks + NOBODYS, token) as answer:
+                if answer.status != 401:
+                    raise OrderRefused("GraFx takes the token for other tasks, but not for this one", 401)
         if before:
-            # It may be this task; when others have used the new token, it shows. Where no other has been
-            # taken, or many in a row are refused, it is not.
-            self._suspects.add(url)
-            self._in_a_row += 1
-            shared = self._in_a_row > SUSPECTS
-            raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared)
+            raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared=True)
 
 
 def try_out(grafx: GraFx) -> str:
     """Ask about a task that cannot exist; returns what is fine. Raises AskAgainLater, OrderRefused."""
     mend = "look at BASEURL and ENVIRONMENT, and whether the integration may read output"
-    with grafx.get(grafx.tasks + "00000000-0000-0000-0000-000000000000") as answer:
+    with grafx.get(grafx.tasks + NOBODYS) as answer:
         if origin(answer.url) != grafx.home:
             raise AskAgainLater(f"{grafx.base_url} redirects to {origin(answer.url)[1]}: look at BASEURL")
         said = answer.json()
@@ -730,7 +725,8 @@ def _save(answer: Answer, orders_dir: Path, task_id: str, progress: Progress) ->
     answer.must_end()
     total = answer.total()
     temp = orders_dir / f".{task_id}.part"
-    size, first, last = 0, b"", b""
+    says = answer.headers.get("Content-Type", "")
+    size, extension, first, last = 0, "", b"", b""
     try:
         # The order of these steps is the promise: nothing has its final name before it is whole and
         # on the disk, and the caller forgets the order only after the name is on the disk as well.
@@ -738,8 +734,11 @@ def _save(answer: Answer, orders_dir: Path, task_id: str, progress: Progress) ->
             for piece in answer.pieces():
                 file.write(piece)
                 size, first, last = size + len(piece), (first + piece)[:16], (last + piece)[-len(PNG_END) :]
+                extension = extension or (_extension(says, first) if len(first) == 16 else "")
                 progress(size, total)
-            extension = _extension(answer.headers.get("Content-Type", ""), first, last)
+            extension = extension or _extension(says, first)
+            if extension == "png" and last != PNG_END:
+                raise OrderRefused("the PNG has no end", 200)
             file.flush()
             os.fsync(file.fileno())
         temp.replace(orders_dir / f"{task_id}.{extension}")
@@ -754,7 +753,7 @@ def _save(answer: Answer, orders_dir: Path, task_id: str, progress: Progress) ->
             temp.unlink()
 
 
-def _extension(content_type: str, first: bytes, last: bytes) -> str:
+def _extension(content_type: str, first: bytes) -> str:
     """The extension by type and first bytes. Raises OrderRefused where the file is not what it says."""
     content_type = plain(content_type.partition(";")[0]).lower()[:80]
     starts = (first, first[4:])
@@ -766,8 +765,6 @@ def _extension(content_type: str, first: bytes, last: bytes) -> str:
         raise OrderRefused(f"the file says {content_type} but is {looks or 'something else'}", 200)
     if not looks:
         raise OrderRefused(f"the file is none of {', '.join(FORMATS)}", 200)
-    if looks == "png" and last != PNG_END:
-        raise OrderRefused("the PNG has no end", 200)
     return looks
 
 

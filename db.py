@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
+import io
 import json
 import logging
 import math
@@ -25,11 +27,13 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO, TypeVar, cast
 
 from dotenv import dotenv_values
 
@@ -43,10 +47,11 @@ KEPT = 100_000  # deliveries that are remembered at least
 # What the poller writes into a failed record; an order's own fields of these names move to "order".
 RECORD = ("status", "error", "failed", "order")
 
-MEND = "Make room, or mend the folder's permissions."
 LEFT = "It is left as it is: mend it."
 
 Fields = dict[str, Any]
+Failures = Mapping[str, tuple[int | None, str]]  # task id to HTTP status and what GraFx said
+Given = TypeVar("Given")
 Version = tuple[int, ...] | None
 
 log = logging.getLogger("db")
@@ -69,6 +74,7 @@ class Store:
     """What the file says. `orders`, `failing` and `failed` map a task id to its fields."""
 
     data: Fields
+    items: Any  # of `data`, the object or list that holds the orders
     orders: dict[str, Fields]
     strange: list[str]  # entries that are no order, each in one line
     version: Version  # of the file it was read from, see `version`
@@ -76,22 +82,25 @@ class Store:
     @property
     def failing(self) -> dict[str, Fields]:
         """The orders that GraFx refuses, but not yet for long enough; they wait as well."""
-        return _objects(self.data.get("failing", {}))
+        return self._records("failing")
 
     @property
     def failed(self) -> dict[str, Fields]:
         """The orders that nobody asks about any more."""
-        return _objects(self.data.get("failed", {}))
+        return self._records("failed")
+
+    def _records(self, name: str) -> dict[str, Fields]:
+        return {key: value for key, value in self.data.get(name, {}).items() if isinstance(value, dict)}
 
 
 def settings() -> dict[str, str]:
-    """The environment over `.env` beside this file; an empty value counts as none."""
+    """The environment over `.env` beside this file; an empty variable counts as none."""
     try:
         # Not interpolated, as in the workshop's Node `dotenv`: a "$" in a secret is a "$".
         file = dotenv_values(HERE / ".env", interpolate=False, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DatabaseError(f"cannot read {HERE / '.env'}: {error}. Mend it or its permissions.") from None
-    return {name: value for name, value in {**file, **os.environ}.items() if value}
+    return {name: value for name, value in (*file.items(), *os.environ.items()) if value}
 
 
 def default_path() -> Path:
@@ -99,17 +108,19 @@ def default_path() -> Path:
     return HERE / settings().get("DATABASE", "database.json")
 
 
+def mend(error: OSError) -> str:
+    """What to do about a file that cannot be made, read or written."""
+    mends = {errno.ENOENT: "Make the folder.", errno.ENOSPC: "Make room.", errno.EDQUOT: "Make room."}
+    return mends.get(error.errno or 0, "Mend the folder's permissions.")
+
+
 def is_task_id(value: object) -> bool:
     """Whether `value` may name a task, and so a file in the orders folder."""
     return isinstance(value, str) and TASK_ID.fullmatch(value) is not None
 
 
-def _now() -> str:
-    return _stamp(datetime.now(timezone.utc))
-
-
-def _stamp(when: datetime) -> str:
-    return when.strftime("%Y-%m-%dT%H:%M:%SZ")
+def _stamp(when: datetime | None = None) -> str:
+    return (when or datetime.now(timezone.utc)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 # --- the text --------------------------------------------------------------------------------
@@ -121,91 +132,78 @@ _line = json.JSONEncoder(ensure_ascii=False).encode
 def _unique(pairs: list[tuple[str, Any]]) -> Fields:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{json.dumps(twice)} stands twice in one object, and only one could be kept")
     return found
 
 
-def _not_json(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _number(text: str) -> float:
     number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text[:40]} is too large for a number")
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is too large for a number, or none")
     return number
 
 
 def _parse(raw: bytes) -> Fields:
-    data = json.loads(
-        raw.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_not_json, parse_float=_number
-    )
-    if not isinstance(data, dict) or not all(
-        isinstance(data.get(key, {}), dict) for key in ("failing", "failed")
-    ):
-        raise ValueError('it must be an object, and so must its "failing" and "failed"')
-    return data
+    """Raises ValueError with what is wrong, RecursionError."""
+    if not raw.strip(b" \t\r\n\xef\xbb\xbf"):
+        # No empty store: an editor or a command may have emptied it, and may be about to write it.
+        raise ValueError("it is empty. Put back what was in it, or remove it")
+    try:
+        text = raw.decode("utf-8-sig")
+        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_number, parse_float=_number)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} is no UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+    for key in ("failing", "failed"):
+        if not isinstance(data, dict) or not isinstance(data.get(key, {}), dict):
+            raise ValueError('it must be an object, and so must its "failing" and "failed"')
+    return cast(Fields, data)
 
 
-def _text(data: Fields) -> bytes:
+def _text(store: Store) -> bytes:
     """Each order on a line of its own, for `grep`, `sed` and the eye; all else indented by 4."""
-    parts = []
-    for key, value in data.items():
-        if key == "orders" and value is not _items(data):  # the workshop's Map
-            inner = [
-                f"{_line(k)}: {_lines(v, 8) if k == 'value' else _indented(v, 8)}" for k, v in value.items()
-            ]
-            text = _block(inner, "{}", 4)
-        else:
-            text = _lines(value, 4) if key in ("orders", "failing", "failed") else _indented(value, 4)
-        parts.append(f"{_line(key)}: {text}")
+    rows = [id(part) for part in (store.items, store.data.get("failing"), store.data.get("failed"))]
     # backslashreplace: half a surrogate pair, which UTF-8 cannot hold, in JSON's own \uXXXX.
-    return (_block(parts, "{}", 0) + "\n").encode("utf-8", "backslashreplace")
+    return (_laid_out(store.data, "\n", rows) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _block(lines: list[str], ends: str, indent: int) -> str:
-    if not lines:
-        return ends
-    gap = "\n" + " " * indent
-    return ends[0] + ",".join(f"{gap}    {line}" for line in lines) + gap + ends[1]
-
-
-def _lines(value: Any, indent: int) -> str:
+def _laid_out(value: Any, start: str, rows: list[int]) -> str:
+    """`value` as JSON; `start` is how each of its lines starts, `rows` is whose entries stay on one."""
+    if not isinstance(value, (dict, list)) or not value:
+        return _line(value)
+    inner = start + "    "
+    inside: Callable[[Any], str] = _line
+    if id(value) not in rows:
+        inside = partial(_laid_out, start=inner, rows=rows)
     if isinstance(value, dict):
-        return _block([f"{_line(key)}: {_line(item)}" for key, item in value.items()], "{}", indent)
-    return _block([_line(item) for item in value], "[]", indent)
+        ends, lines = "{}", [f"{_line(key)}: {inside(part)}" for key, part in value.items()]
+    else:
+        ends, lines = "[]", [inside(part) for part in value]
+    return ends[0] + inner + ("," + inner).join(lines) + start + ends[1]
 
 
-def _indented(value: Any, indent: int) -> str:
-    return json.dumps(value, indent=4, ensure_ascii=False).replace("\n", "\n" + " " * indent)
+# --- the orders: in an object, a list, or the workshop's {"dataType": "Map", "value": [ … ]} ---
 
 
-# --- the shapes of "orders": an object, a list, or the workshop's {"dataType": "Map", "value": [ … ]} ---
+def _entry(item: Any) -> tuple[str | None, Fields]:
+    """Task id and fields of an entry; None where it is no order.
 
-
-def _objects(entries: Fields) -> dict[str, Fields]:
-    return {key: value for key, value in entries.items() if isinstance(value, dict)}
-
-
-def _items(data: Fields) -> Any:
-    """The object or list that holds the orders."""
-    orders = data.setdefault("orders", {})
-    if isinstance(orders, dict) and orders.get("dataType") == "Map":
-        orders = orders.get("value") if isinstance(orders.get("value"), list) else None
-    if not isinstance(orders, (dict, list)):
-        raise ValueError('"orders" must be an object, a list, or {"dataType": "Map", "value": [ … ]}')
-    return orders
-
-
-def _entry(item: Any) -> tuple[Any, Fields]:
-    """Task id and fields of an item of a list: an id, an object with `taskID`, or a pair of both."""
-    if isinstance(item, dict):
-        return item.get("taskID"), item
-    if isinstance(item, list):
-        return (item[0], item[1]) if len(item) == 2 and isinstance(item[1], dict) else (None, {})
-    return item, {}
+    Of an object it is a key and its value; of a list an id, an object with `taskID`, or a pair of both.
+    """
+    task_id, fields = item, {}
+    if isinstance(item, tuple):
+        task_id, fields = item
+        if not isinstance(fields, dict):
+            fields = {} if fields is None else {"order": fields}
+    elif isinstance(item, dict):
+        task_id, fields = item.get("taskID"), item
+    elif isinstance(item, list) and len(item) == 2 and isinstance(item[1], dict):
+        task_id, fields = item
+    if not is_task_id(task_id):
+        return None, {}
+    return task_id, _own(task_id, fields)
 
 
 def _own(task_id: str, fields: Fields) -> Fields:
@@ -216,65 +214,63 @@ def _own(task_id: str, fields: Fields) -> Fields:
 
 
 def _store(data: Fields, version: Version) -> Store:
-    orders: dict[str, Fields] = {}
-    strange = []
-    items = _items(data)
+    items = data.setdefault("orders", {})
+    if isinstance(items, dict) and items.get("dataType") == "Map":
+        items = items["value"] if isinstance(items.get("value"), list) else None
+    if not isinstance(items, (dict, list)):
+        raise ValueError('"orders" must be an object, a list, or {"dataType": "Map", "value": [ … ]}')
+    store = Store(data, items, {}, [], version)
     for item in items.items() if isinstance(items, dict) else items:
-        task_id, fields = item if isinstance(items, dict) else _entry(item)
-        if not is_task_id(task_id):
-            strange.append(_line(item))
-            continue
-        if not isinstance(fields, dict):
-            fields = {} if fields is None else {"order": fields}
-        fields = _own(task_id, fields)
-        orders[task_id] = fields | orders[task_id] if task_id in orders else fields
-    return Store(data, orders, strange, version)
+        task_id, fields = _entry(item)
+        if task_id is None:
+            store.strange.append(_line(item))
+        else:
+            known = store.orders.get(task_id)
+            store.orders[task_id] = fields | known if known else fields
+    return store
 
 
-def _only_ids(items: Any) -> bool:
-    return isinstance(items, list) and all(isinstance(item, str) for item in items)
-
-
-def _put(store: Store, task_id: str, fields: Fields) -> None:
-    items = _items(store.data)
-    fields = store.orders[task_id] = _own(task_id, fields)
+def _put(store: Store, task_id: str, fields: Fields, new: bool = False) -> None:
+    """Put an order in, in the shape that the others have; `new` notes when."""
+    items, fields = store.items, _own(task_id, fields)
+    bare = not fields and isinstance(items, list) and isinstance((items or [None])[-1], str)
+    if new and not bare:
+        fields = {**fields, "added": _stamp()}
+    store.orders[task_id] = fields
     if isinstance(items, dict):
         items[task_id] = fields
-    elif items is not store.data["orders"]:
-        items.append([task_id, {"taskID": task_id, **fields}])
-    elif not fields and _only_ids(items):
+    elif bare:
         items.append(task_id)
-    elif "taskID" in fields:  # somebody's own, of another meaning
-        items.append([task_id, fields])
+    elif "taskID" in fields or items is not store.data["orders"]:  # of another meaning; or a Map
+        items.append([task_id, {"taskID": task_id, **fields}])
     else:
         items.append({"taskID": task_id, **fields})
 
 
-def _take(store: Store, gone: Collection[str]) -> None:
-    items = _items(store.data)
+def _take(store: Store, gone: set[str]) -> None:
     for task_id in gone:
         del store.orders[task_id]
-        if isinstance(items, dict):
-            del items[task_id]
-    if isinstance(items, list):
-        gone = set(gone)
-        items[:] = [item for item in items if not (is_task_id(_entry(item)[0]) and _entry(item)[0] in gone)]
+        if isinstance(store.items, dict):
+            del store.items[task_id]
+    if isinstance(store.items, list):
+        store.items[:] = [item for item in store.items if _entry(item)[0] not in gone]
 
 
-def _end(store: Store, delivered: Iterable[str], failed: Mapping[str, tuple[int | None, str]]) -> bool:
+def _end(store: Store, delivered: Iterable[str], failed: Failures) -> bool:
     """Take orders out, with what stands under "failing", and the failed ones in under "failed"."""
-    gone = [task_id for task_id in dict.fromkeys([*delivered, *failed]) if task_id in store.orders]
+    gone = {*delivered, *failed} & store.orders.keys()
     for task_id in gone:
         store.data.get("failed", {}).pop(task_id, None)
-        if task_id in failed:
-            fields, (status, error) = store.orders[task_id], failed[task_id]
-            record = {key: value for key, value in fields.items() if key not in RECORD}
-            record |= {"status": status, "error": error, "failed": _now()}
-            own = {key: fields[key] for key in RECORD if key in fields}
-            store.data.setdefault("failed", {})[task_id] = record | ({"order": own} if own else {})
-    _take(store, gone)
-    stay = store.failing.keys() - set(gone)
-    _set_failing(store, {task_id: record for task_id, record in store.failing.items() if task_id in stay})
+    for task_id in [task_id for task_id in failed if task_id in gone]:
+        fields, (status, error) = store.orders[task_id], failed[task_id]
+        record = {key: value for key, value in fields.items() if key not in RECORD}
+        record |= {"status": status, "error": error, "failed": _stamp()}
+        if own := {key: fields[key] for key in RECORD if key in fields}:
+            record["order"] = own
+        store.data.setdefault("failed", {})[task_id] = record
+    if gone:
+        _take(store, gone)
+        _set_failing(store, {key: record for key, record in store.failing.items() if key not in gone})
     return bool(gone)
 
 
@@ -284,20 +280,23 @@ def _revive(store: Store, task_id: str) -> None:
     fields = {key: value for key, value in record.items() if key not in RECORD[:3]}
     own = fields.get("order")
     if isinstance(own, dict) and own and own.keys() <= set(RECORD):  # by `_end`
-        fields = {key: value for key, value in fields.items() if key != "order"} | own
-    waiting = store.orders.get(task_id, {})
-    if task_id not in store.orders or fields.keys() - waiting.keys():
-        _take(store, store.orders.keys() & {task_id})
-        _put(store, task_id, fields | waiting)
+        del fields["order"]
+        fields |= own
+    if task_id in store.orders:
+        fields |= store.orders[task_id]
+        _take(store, {task_id})
+    _put(store, task_id, fields)
 
 
 def _set_failing(store: Store, records: dict[str, Fields]) -> bool:
     """Whether that changed something. What a person typed there that is no object stays."""
     if store.failing == records:
         return False
-    rest = {key: value for key, value in store.data.get("failing", {}).items() if not isinstance(value, dict)}
-    store.data["failing"] = rest | {key: dict(record) for key, record in records.items()}
-    if not store.data["failing"]:
+    failing = store.data.setdefault("failing", {})
+    for task_id in store.failing.keys() - records.keys():
+        del failing[task_id]
+    failing |= {task_id: dict(record) for task_id, record in records.items()}
+    if not failing:
         del store.data["failing"]
     return True
 
@@ -305,15 +304,12 @@ def _set_failing(store: Store, records: dict[str, Fields]) -> bool:
 # --- the file --------------------------------------------------------------------------------
 
 
-def version(path: Path) -> Version:
-    """What `stat` knows of the file's content, None where there is no file. Raises OSError."""
+def version(file: Path | int) -> Version:
+    """What `stat` knows of a file's content, None where there is no file. Raises OSError."""
     try:
-        return _version(path.stat())
+        stat = os.stat(file)  # noqa: PTH116 - of a path or of an open file
     except FileNotFoundError:
         return None
-
-
-def _version(stat: os.stat_result) -> Version:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
@@ -328,85 +324,65 @@ class Watch:
         self.path = path
         self.seen: Version = ()  # as it was at the last look
         self.since = 0.0  # when it was seen like that for the first time
-        # Whether a file was there; where there is a lock, somebody wrote one.
+        # Whether there was a file that is missed; where there is a lock, somebody wrote one.
         self.there = _beside(path, "lock").exists()
         self.problem = ""  # with what was seen: a broken file is parsed again only when it changed
 
     def changed(self) -> bool:
         """Whether there is something to read, or to say again."""
         try:
-            return bool(self.problem) or self._gone() or version(self.path) != self.seen
+            now = version(self.path)
         except OSError:
             return True
+        return now != self.seen or bool(self.problem) or (now is None and self.there)
 
     def read(self) -> Store:
         """Read the file now. Raises HalfSaved for what may be half saved."""
         try:
-            if self.problem and version(self.path) == self.seen:
-                self._refuse()
             with self.path.open("rb") as file:
-                seen, raw = _version(os.fstat(file.fileno())), file.read()
+                seen = version(file.fileno())
+                raw = b"" if self.problem and seen == self.seen else file.read()
         except FileNotFoundError:
-            seen, raw = None, b""
+            seen = None
         except OSError as error:
             self.seen, self.problem = (), ""
             raise DatabaseError(f"cannot read {self.path}: {error.strerror}. Mend its permissions.") from None
         if seen != self.seen:
-            self.seen, self.since = seen, time.monotonic()
-        self.problem = ""
-        if seen is None:
-            return self._missing()
-        self.there = True
-        try:
-            return _store(_parse(raw), seen)
-        except json.JSONDecodeError as error:
-            self.problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        except UnicodeDecodeError as error:
-            self.problem = f"byte {error.start + 1} is no UTF-8"
-        except RecursionError:
-            self.problem = "it is nested too deeply"
-        except ValueError as error:
-            self.problem = str(error)
-        self.problem = f"{self.path}: {self.problem}. {LEFT}"
-        if not raw.strip(b" \t\r\n\xef\xbb\xbf"):
-            # No empty store: an editor or a command may have emptied it, and may be about to write it.
-            self.problem = f"{self.path}: it is empty. Put back what was in it, or remove it."
-        self._refuse()
-
-    def wait(self, patience: float) -> Store:
-        """Read it, and look again for `patience` seconds while it may be half saved."""
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                return self.read()
-            except HalfSaved:
-                if time.monotonic() >= deadline:
-                    raise
-            time.sleep(0.05)
-
-    def _gone(self) -> bool:
-        """Whether it was there and is missing, and that is not believed yet."""
-        return self.there and self.seen is None
-
-    def _missing(self) -> Store:
-        """An empty store; but some editors rename a file away before they write the new one."""
-        if self._gone() and time.monotonic() < self.since + SAVING:
-            raise HalfSaved(f"{self.path} was there and is missing. Put it back.")
-        self.there = False
-        return _store({"orders": {}, "failed": {}}, None)
-
-    def _refuse(self) -> NoReturn:
+            self.seen, self.since, self.problem = seen, time.monotonic(), ""
         young = time.monotonic() < self.since + SAVING
+        if seen is None:  # some editors rename a file away before they write the new one
+            if self.there and young:
+                raise HalfSaved(f"{self.path} was there and is missing. Put it back.")
+            self.there = False
+            return _store({"orders": {}, "failed": {}}, None)
+        self.there = True
+        if not self.problem:
+            try:
+                return _store(_parse(raw), seen)
+            except (ValueError, RecursionError) as error:
+                what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+                self.problem = f"{self.path}: {what}. {LEFT}"
         raise (HalfSaved if young else DatabaseError)(self.problem)
 
 
-def read(path: Path, patience: float = PATIENCE) -> Store:
-    """Read the file; a missing one is an empty store, an empty one is broken.
+def _patiently(step: Callable[[], Given], patience: float) -> Given:
+    """What `step` gives, tried for so many seconds while somebody saves the file or has the lock."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return step()
+        except (HalfSaved, BlockingIOError):
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.01)
 
-    patience: seconds to look again while it may be half saved, which is for SAVING seconds after it
-    changed last; HalfSaved where they end first.
+
+def read(path: Path, patience: float = PATIENCE) -> Store:
+    """Read the file; a missing one is an empty store.
+
+    patience: seconds to look again while it may be half saved; HalfSaved where they end.
     """
-    return Watch(path).wait(patience)
+    return _patiently(Watch(path).read, patience)
 
 
 @contextlib.contextmanager
@@ -421,24 +397,16 @@ def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
     place = _beside(path, name)
     try:
         file = os.fdopen(_open(place), "r+")
+        _patiently(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB), patience)
+    except BlockingIOError:
+        with file:
+            holder = _holder(file)
+        if name == "pid":
+            raise Busy(f"a poller with {path} runs already, as {holder}. One is enough.") from None
+        raise Busy(f"{path} is being written by {holder}, which holds {place}. Try again.") from None
     except OSError as error:
-        raise DatabaseError(f"cannot lock {place}: {error.strerror}. {MEND}") from None
+        raise DatabaseError(f"cannot lock {place}: {error.strerror}. {mend(error)}") from None
     with file:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    if name == "pid":
-                        said = f"a poller with {path} runs already, as {_holder(file)}. One is enough."
-                    else:
-                        said = f"{path} is being written by {_holder(file)}, which holds {place}. Try again."
-                    raise Busy(said) from None
-            except OSError as error:
-                raise DatabaseError(f"cannot lock {place}: {error.strerror}. {MEND}") from None
-            time.sleep(0.01)
         take_note(file, "")
         try:
             yield file
@@ -448,13 +416,10 @@ def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
 
 def _holder(lock: TextIO) -> str:
     pid = lock.readline().partition(" ")[0].strip()
-    if not pid.isdecimal():
-        return "another process"
     try:
-        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
-    except OSError:  # no Linux, or not for us to know
-        return f"process {pid}"
-    return f"process {pid} ({name})"
+        return f"process {pid} ({Path(f'/proc/{int(pid)}/comm').read_text(errors='replace').strip()})"
+    except (ValueError, OSError):  # nothing is noted, no Linux, or not for us to know
+        return f"process {pid}" if pid else "another process"
 
 
 def take_note(lock: TextIO, note: str) -> None:
@@ -464,48 +429,53 @@ def take_note(lock: TextIO, note: str) -> None:
         os.write(lock.fileno(), f"{os.getpid()} {note}\n".encode())  # unbuffered: nothing is left for close
 
 
-def _change(path: Path | None, edit: Callable[[Store], bool], patience: float = PATIENCE) -> Store:
-    """Read the file anew, let `edit` change it, and write it where `edit` says that it did."""
-    watch = Watch(_real(path))
-    with lock(watch.path, "lock", patience):
-        return _rewrite(watch, edit, patience)
+def _change(path: Path, edit: Callable[[Store], bool], patience: float = PATIENCE) -> bool:
+    """Take the lock and rewrite; whether that changed something."""
+    watch = Watch(path)  # before there is a lock: then a file was never there
+    with lock(path, "lock", patience):
+        _, changed = _rewrite(watch, edit, patience)
+    return changed
 
 
-def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> Store:
+def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> tuple[Store, bool]:
+    """Under the lock: read the file anew, and where `edit` says that it changed something, write it."""
     while True:
-        store = watch.wait(patience)
+        store = _patiently(watch.read, patience)
         if not edit(store):
-            return store
+            return store, False
+        watch.seen = ()  # until it is written, nobody knows what was read
         try:
-            written = _replace(watch.path, [_text(store.data)], store.version)
-        except (DatabaseError, RecursionError) as error:
-            watch.seen = ()  # what was read is not known to anybody yet
-            if isinstance(error, DatabaseError):
-                raise
+            written = _replace(watch.path, _text(store), store.version)
+        except RecursionError:
             raise DatabaseError(f"{watch.path}: it is nested too deeply. {LEFT}") from None
         if written:
-            watch.seen, watch.there, store.version = written, True, written
-            return store
+            watch.seen = store.version = written
+            watch.there = True
+            return store, True
 
 
-def _replace(path: Path, pieces: Iterable[bytes], seen: Version) -> Version:
+def _replace(path: Path, content: bytes, seen: Version) -> Version:
     """Put a new file in the place of `path`, in one step; None where that is no longer as `seen`."""
     temp = path.with_name(f".{path.name.removeprefix('.')}.tmp")  # one, however many are killed
     try:
         temp.unlink(missing_ok=True)
         with temp.open("xb") as file:
             _dress(file.fileno(), path)
-            file.writelines(pieces)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
             # An editor knows nothing of the lock. What it saves after this look is lost.
             if version(path) != seen:
                 return None
+            written = version(file.fileno())
             temp.replace(path)
             sync_folder(path.parent)
-            return _version(os.fstat(file.fileno()))
+            now = version(file.fileno())
+            # The rename changed the last of it only. What else is new was saved in place since then,
+            # and is unknown to us.
+            return now if now and written and now[:-1] == written[:-1] else written
     except OSError as error:
-        raise DatabaseError(f"cannot write {path}: {error.strerror}. {MEND}") from None
+        raise DatabaseError(f"cannot write {path}: {error.strerror}. {mend(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
@@ -580,61 +550,51 @@ class Deliveries:
     def __init__(self, database: Path) -> None:
         self.database = database
         self.path = _beside(database, "delivered")
+        self.file: tuple[int, int] | None = None  # that was read: another one is read anew
+        self.lines = self.end = 0  # read so far, and up to which byte
         self.ids: set[str] = set()
-        self.lines = 0  # read so far, and
-        self.end = 0  # up to which byte
-        self.file: tuple[int, int] | None = None  # of which file: another one is read anew
         self.said: set[str] = set()
 
     def __contains__(self, task_id: object) -> bool:
         return task_id in self.ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def refresh(self) -> None:
         """Read what was appended since; where that cannot be done, say so once and go on without."""
         try:
             self._read_on()
         except OSError as error:
-            self._say(f"cannot read {self.path}: {error.strerror}. Nothing counts as delivered. {MEND}")
+            self._say(f"cannot read {self.path}: {error.strerror}. Mend that: nothing counts as delivered.")
 
     def _read_on(self) -> None:
         try:
-            stat, rubbish = self.path.stat(), 0
-            if (stat.st_dev, stat.st_ino) != self.file or stat.st_size < self.end:
-                self._forget()
-            if stat.st_size == self.end:
-                return
-            with self.path.open("rb") as file:
-                stat = os.fstat(file.fileno())
-                if (stat.st_dev, stat.st_ino) != self.file:
-                    self._forget()
-                    self.file = stat.st_dev, stat.st_ino
-                file.seek(self.end)
-                for line in file:
-                    if line.endswith(b"\n"):
-                        self.lines, self.end = self.lines + 1, self.end + len(line)
-                        rubbish += not self._know(line)
+            file = self.path.open("rb")
         except FileNotFoundError:
             if self.file:
                 self._say(f"{self.path} was taken away: what was delivered before counts as never delivered.")
-            self._forget()
+            self._begin(None)
             return
-        if rubbish:
-            self._say(f"{self.path}: lines that speak of no delivery are passed over.")
+        with file:
+            stat = os.fstat(file.fileno())
+            if (stat.st_dev, stat.st_ino) != self.file or stat.st_size < self.end:
+                self._begin((stat.st_dev, stat.st_ino))
+            file.seek(self.end)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self.lines, self.end = self.lines + 1, self.end + len(line)
+                    self._know(line)
 
-    def _know(self, line: bytes) -> bool:
+    def _begin(self, file: tuple[int, int] | None) -> None:
+        self.ids.clear()
+        self.file, self.lines, self.end = file, 0, 0
+
+    def _know(self, line: bytes) -> None:
         match = self.LINE.fullmatch(line)
         if match and match[3] == b"-":
             self.ids.discard(match[2].decode())
         elif match:
             self.ids.add(match[2].decode())
-        return bool(match or line == b"\n")
-
-    def _forget(self) -> None:
-        self.ids.clear()
-        self.lines, self.end, self.file = 0, 0, None
+        elif line != b"\n":
+            self._say(f"{self.path}: lines that speak of no delivery are passed over.")
 
     def _say(self, problem: str) -> None:
         if problem not in self.said:
@@ -646,13 +606,13 @@ class Deliveries:
 
         Raises DatabaseError; then they may be noted in part, and can be noted again.
         """
-        text = "".join(f"{_now()} {task_id} {name or '?'}\n" for task_id, name in files.items())
+        lines = [f"{_stamp()} {task_id} {name or '?'}\n" for task_id, name in files.items()]
         try:
             with os.fdopen(_open(self.path), "r+b", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-                    text = "\n" + text  # the line that was cut off stays apart
-                rest = text.encode("utf-8", "backslashreplace")
+                    lines.insert(0, "\n")  # the line that was cut off stays apart
+                rest = "".join(lines).encode("utf-8", "backslashreplace")
                 while rest:  # in one piece, but where the disk is just full
                     rest = rest[file.write(rest) :]
                 os.fsync(file.fileno())
@@ -660,7 +620,7 @@ class Deliveries:
                 sync_folder(self.path.parent)
             self._read_on()
         except OSError as error:
-            raise DatabaseError(f"cannot write {self.path}: {error.strerror}. {MEND}") from None
+            raise DatabaseError(f"cannot write {self.path}: {error.strerror}. {mend(error)}") from None
 
     def shorten(self, most: int) -> None:
         """Leave the newest KEPT lines where there are more than `most`. Says where that is not possible."""
@@ -669,12 +629,11 @@ class Deliveries:
             return
         try:
             with lock(self.database, "lock", 1.0), self.path.open("rb") as file:
-                seen = _version(os.fstat(file.fileno()))
+                seen = version(file.fileno())
                 self.refresh()
                 for _ in range(self.lines - KEPT):
                     file.readline()
-                pieces = iter(lambda: file.read(min(1 << 20, self.end - file.tell())), b"")
-                _replace(self.path, pieces, seen)
+                _replace(self.path, file.read(self.end - file.tell()), seen)
         except Busy:
             pass  # the next time will do
         except (DatabaseError, OSError) as error:
@@ -683,16 +642,15 @@ class Deliveries:
 
     def last(self, task_id: str) -> tuple[str, str] | None:
         """When an order was delivered (UTC) and as which file, without making sense of all of the list."""
-        text, word = b"", f" {task_id} ".encode()
+        text, last, word = b"", None, f" {task_id} ".encode()
         with contextlib.suppress(OSError):
             text = self.path.read_bytes()
-        at = text.rfind(b"\n") + 1
-        while (at := text.rfind(word, 0, at)) >= 0:
-            match = self.LINE.match(text, text.rfind(b"\n", 0, at) + 1)
-            if match and match[2] == word.strip():
-                name = match[3].decode("utf-8", "replace")
-                return None if name == "-" else (match[1].decode(), name)
-        return None
+        for line in io.BytesIO(text) if word in text else ():  # it seldom is
+            if word in line and (match := self.LINE.fullmatch(line)) and match[2] == word.strip():
+                last = match
+        if last is None or last[3] == b"-":
+            return None
+        return last[1].decode(), last[3].decode("utf-8", "replace")
 
     def since(self, when: datetime) -> tuple[int, str]:
         """How many deliveries there were since then, and the last line of all."""
@@ -730,18 +688,12 @@ class Database:
     """
 
     def __init__(self, path: Path, once: bool = False) -> None:
-        self.watch = Watch(path)
+        self.path, self.watch, self.deliveries = path, Watch(path), Deliveries(path)
         self.once = once  # then the file is read at the start only
-        self.deliveries = Deliveries(path)
         self.failing: dict[str, Fields] = {}
         self.delivered: dict[str, str] = {}  # these two only until they are written
         self.failed: dict[str, tuple[int | None, str]] = {}
         self._turn = _Turn()
-
-    @property
-    def path(self) -> Path:
-        """`database.json` itself."""
-        return self.watch.path
 
     @property
     def problem(self) -> str:
@@ -750,12 +702,10 @@ class Database:
 
     def start(self) -> Store:
         """Read the file and the list. Raises DatabaseError."""
-        store = self.watch.wait(PATIENCE)
+        store = _patiently(self.watch.read, PATIENCE)
         self.deliveries.shorten(KEPT)
-        if not self.deliveries.file and not self.deliveries.said:
-            log.info("%s is not there: no order counts as delivered before.", self.deliveries.path)
         self.failing = {key: dict(record) for key, record in store.failing.items() if key in store.orders}
-        return self._shown(store, self._over(store))
+        return self._shown(store)
 
     def sync(self, soon: bool) -> Store | None:
         """Write what came of the orders, and see what others changed; what is new, or None.
@@ -763,17 +713,16 @@ class Database:
         soon: nothing else is under way, so what is to be written need not wait for more.
         A problem is logged once, and once when it is over; meanwhile nothing is lost or forgotten.
         """
-        turn, now = self._turn, time.monotonic()
+        turn, now, store = self._turn, time.monotonic(), None
         look = now >= turn.look
         if look:
             turn.look = now + LOOK
         if self.delivered and (look or "list" not in turn.problems):
             self._note()
-        store = None
         if now >= turn.write and (look or (soon and "database" not in turn.problems)) and self._unwritten():
             store = self._tried(self._write)
-        if look and store is None and not self.once:
-            store = self._tried(self._read)
+        if look and not store and not self.once and self.watch.changed():
+            store = self._tried(lambda: self._shown(self.watch.read()))
         return store
 
     def flush(self) -> bool:
@@ -792,8 +741,7 @@ class Database:
         try:
             self.deliveries.add(self.delivered)
         except DatabaseError as error:
-            self._complain("list", str(error))
-            return
+            return self._complain("list", str(error))
         self._complain("list", "")
         self.delivered.clear()
         self._turn.over = True
@@ -807,52 +755,43 @@ class Database:
     def _refused(self, orders: Container[str]) -> dict[str, Fields]:
         return {task_id: record for task_id, record in self.failing.items() if task_id in orders}
 
-    def _tried(self, step: Callable[[], Store | None]) -> Store | None:
+    def _tried(self, step: Callable[[], Store]) -> Store | None:
         turn = self._turn
         try:
             store = step()
+            if not self._unwritten():
+                self._complain("database", "")
+            return store
         except Busy as error:  # somebody writes, or waits for an editor: no problem yet
             now = time.monotonic()
             turn.busy, turn.write = min(turn.busy, now), now + 0.2
             if now >= turn.busy + PATIENCE and "lock" not in turn.problems:
                 self._complain("lock", str(error), logging.WARNING)
-            return None
         except HalfSaved:
-            return None
+            pass
         except DatabaseError as error:
             self._complain("database", str(error))
-            return None
-        if not self._unwritten():
-            self._complain("database", "")
-        return store
+        return None
 
     def _write(self) -> Store:
         turn = self._turn
         with lock(self.path, "lock", 0.2):
-            turn.busy = math.inf
+            turn.busy, begun = math.inf, time.monotonic()
             self._complain("lock", "")
-            begun = time.monotonic()
             try:
-                store = _rewrite(self.watch, self._settle, 0)
+                store, _ = _rewrite(self.watch, self._settle, 0)
             finally:
-                now = time.monotonic()
-                turn.write = now + (SHARE - 1) * (now - begun)
+                turn.write = begun + SHARE * (time.monotonic() - begun)
         self.failed.clear()
-        return self._shown(store, set())
+        return self._shown(store)
 
     def _settle(self, store: Store) -> bool:
-        """Under the lock: let the file say what came of the orders; whether that changed it."""
+        """Let the file say what came of the orders; whether that changed it."""
         over = self._over(store)
         for task_id in over | self.failed.keys():
             self.failing.pop(task_id, None)
         changed = _end(store, over, self.failed)
         return _set_failing(store, self._refused(store.orders)) or changed
-
-    def _read(self) -> Store | None:
-        if not self.watch.changed():
-            return None
-        store = self.watch.read()
-        return self._shown(store, self._over(store))
 
     def _over(self, store: Store) -> set[str]:
         """The orders of the file that are delivered; says which of them somebody brought back.
@@ -860,25 +799,23 @@ class Database:
         The list is read after the file: `retry` writes to the list first, so that what it puts into
         the file is never taken out again for an older line.
         """
-        turn = self._turn
         self.deliveries.refresh()
-        over = {task_id for task_id in store.orders if task_id in self.deliveries}
-        back = over - turn.orders
-        turn.orders = set(store.orders)
+        over = store.orders.keys() & self.deliveries.ids
+        back = over - self._turn.orders
+        self._turn.orders = set(store.orders)
         if back:
             what = f"{len(back)} orders that had been delivered were"
             if len(back) == 1:
-                what = f"{next(iter(back))} had been delivered and was"
+                what = f"{back.pop()} had been delivered and was"
             log.warning("%s brought back, by hand or by a store; taken out", what)
         return over
 
-    def _shown(self, store: Store, over: set[str]) -> Store:
-        """Remember what the file has; what of it is the loop's business."""
-        turn = self._turn
-        turn.orders, turn.failing, turn.over = set(store.orders), store.failing, bool(over)
-        hidden = over | self.delivered.keys() | self.failed.keys()
-        if hidden:
-            store.orders = {key: fields for key, fields in store.orders.items() if key not in hidden}
+    def _shown(self, store: Store) -> Store:
+        """Remember what the file has; only what has not ended is the loop's business."""
+        over = self._over(store)
+        self._turn.failing, self._turn.over = store.failing, bool(over)
+        for task_id in (over | self.delivered.keys() | self.failed.keys()) & store.orders.keys():
+            del store.orders[task_id]
         return store
 
     def _complain(self, what: str, problem: str, level: int = logging.ERROR) -> None:
@@ -913,23 +850,15 @@ def add_order(task_id: str, project_id: str | None = None, path: Path | None = N
         raise ValueError(f"{task_id!r} is no task id: letters, digits, '.', '_' and '-', at most 128")
     if not isinstance(project_id, (str, type(None))):
         raise ValueError(f"the project id {project_id!r} is no string")
-    path, new = _real(path), False
+    path = _real(path)
 
     def edit(store: Store) -> bool:
-        nonlocal new
-        new = task_id not in store.orders and not Deliveries(path).last(task_id)
-        if new:
-            _add(store, task_id, {"projectID": project_id} if project_id else {})
-        return new
+        if task_id in store.orders or Deliveries(path).last(task_id):
+            return False
+        _put(store, task_id, {"projectID": project_id} if project_id else {}, new=True)
+        return True
 
-    _change(path, edit)
-    return new
-
-
-def _add(store: Store, task_id: str, fields: Fields) -> None:
-    if fields or not (_items(store.data) is store.data["orders"] and _only_ids(store.data["orders"])):
-        fields = {**fields, "added": _now()}
-    _put(store, task_id, fields)
+    return _change(path, edit)
 
 
 def remove_order(task_id: str, path: Path | None = None) -> None:
@@ -938,18 +867,15 @@ def remove_order(task_id: str, path: Path | None = None) -> None:
 
 
 def end_orders(
-    delivered: Iterable[str],
-    failed: Mapping[str, tuple[int | None, str]],
-    path: Path | None = None,
-    patience: float = PATIENCE,
-) -> Store:
+    delivered: Iterable[str], failed: Failures, path: Path | None = None, patience: float = PATIENCE
+) -> None:
     """Take delivered orders out and move failed ones under "failed", all in one write.
 
-    failed: task id to HTTP status and what GraFx said. What somebody took out meanwhile stays out.
-    patience: seconds to wait for the lock. Where DatabaseError is raised, nothing has changed.
+    What somebody took out meanwhile stays out. Where DatabaseError is raised, nothing has changed.
+    patience: seconds to wait for the lock.
     """
-    delivered = list(delivered)  # `edit` may be called twice
-    return _change(path, lambda store: _end(store, delivered, failed), patience)
+    delivered = list(delivered)  # `_end` may be called twice
+    _change(_real(path), lambda store: _end(store, delivered, failed), patience)
 
 
 def retry_orders(
@@ -968,16 +894,16 @@ def retry_orders(
     def edit(store: Store) -> bool:
         deliveries, failed = Deliveries(path), store.failed
         deliveries.refresh()
-        moved[:] = [task_id for task_id, record in failed.items() if is_task_id(task_id)
-                    and (asked is None or task_id in asked) and _matches(record, since, status)]  # fmt: skip
-        moved.extend(task_id for task_id in asked or () if task_id in deliveries and task_id not in failed)
+        named = [task_id for task_id in (failed if asked is None else asked) if is_task_id(task_id)]
+        moved[:] = [key for key in named if key in failed and _matches(failed[key], since, status)]
+        moved.extend(task_id for task_id in named if task_id in deliveries and task_id not in failed)
         if again := {task_id: "-" for task_id in moved if task_id in deliveries}:
             deliveries.add(again)  # before it waits, or the poller would take it out
         for task_id in moved:
             if task_id in failed:
                 _revive(store, task_id)
             elif task_id not in store.orders:
-                _add(store, task_id, {})
+                _put(store, task_id, {}, new=True)
         return bool(moved)  # also where it waits already: the running poller notices by that
 
     _change(path, edit)
@@ -985,13 +911,11 @@ def retry_orders(
 
 
 def _matches(record: Fields, since: datetime | None, status: int | None) -> bool:
-    if since:
-        try:
-            if utc(str(record.get("failed"))) < since:
-                return False
-        except ValueError:
-            return False
-    return status is None or record.get("status") == status
+    try:
+        late = since is None or utc(str(record.get("failed"))) >= since
+    except ValueError:  # typed by somebody
+        late = False
+    return late and status in (None, record.get("status"))
 
 
 def utc(text: str) -> datetime:
@@ -1003,35 +927,30 @@ def utc(text: str) -> datetime:
 # --- python db.py ----------------------------------------------------------------------------
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def _cell(fields: Fields, key: str) -> str:
-    value = fields.get(key)
+def _cell(value: object) -> str:
     return " ".join(str(value).split()) if isinstance(value, (str, int)) else ""
 
 
+def _show(name: str, orders: dict[str, Fields], *keys: str) -> None:
+    print(f"{len(orders)} {name}")
+    if orders:
+        rows = [[task_id, *(_cell(fields.get(key)) for key in keys)] for task_id, fields in orders.items()]
+        rows.insert(0, ["order", *keys])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        print(*("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows), "", sep="\n")
+
+
 def _list(path: Path) -> None:
-    store = read(path)
-    deliveries, failing, failed = Deliveries(path), store.failing, store.failed
+    store, deliveries = read(path), Deliveries(path)
     deliveries.refresh()
     waiting = {key: fields for key, fields in store.orders.items() if key not in deliveries}
-    refused = {key: fields | failing[key] for key, fields in waiting.items() if key in failing}
+    refused = {key: waiting.pop(key) | record for key, record in store.failing.items() if key in waiting}
     print(path)
-    for name, orders, keys in (
-        ("waiting", {key: waiting[key] for key in waiting if key not in refused}, ("projectID", "added")),
-        ("failing", refused, ("projectID", "since", "status", "error")),
-        ("failed", failed, ("projectID", "failed", "status", "error")),
-    ):
-        print(f"{len(orders)} {name}")
-        if orders:
-            rows = [(task_id, *(_cell(fields, key) for key in keys)) for task_id, fields in orders.items()]
-            print(_table([("order", *keys), *rows]) + "\n")
+    _show("waiting", waiting, "projectID", "added")
+    _show("failing", refused, "projectID", "since", "status", "error")
+    _show("failed", store.failed, "projectID", "failed", "status", "error")
     with contextlib.suppress(OSError):
-        note = _beside(path, "pid").read_text().partition(" ")[2].strip()
-        if note:
+        if note := _beside(path, "pid").read_text().partition(" ")[2].strip():
             print(f"the poller said last: {note}")
     for item in store.strange:
         print(f"no order, left alone: {' '.join(item.split())}")
@@ -1039,40 +958,50 @@ def _list(path: Path) -> None:
     print(f"{count} delivered in the last 24 hours, the last: {last or 'none yet'}")
 
 
-def _add_command(path: Path, task_id: str, project: str | None) -> None:
-    if add_order(task_id, project, path):
-        print(f"{task_id} waits now, in {path}")
-    elif delivered := Deliveries(path).last(task_id):
-        raise ValueError(
-            f"{task_id} was delivered at {delivered[0]}, as {delivered[1]}."
-            f" To have it again: python db.py retry {task_id}"
-        )
+def _run(given: argparse.Namespace, path: Path) -> None:
+    if given.command == "list":
+        return _list(path)
+    task_id = given.task_id
+    if given.command == "add":
+        if add_order(task_id, given.project, path):
+            print(f"{task_id} waits now, in {path}")
+        elif delivered := Deliveries(path).last(task_id):
+            again = f"To have it again: python db.py retry {task_id}"
+            raise ValueError(f"{task_id} was delivered at {delivered[0]}, as {delivered[1]}. {again}")
+        else:
+            print(f"{task_id} waited already, in {path}")
     else:
-        print(f"{task_id} waited already, in {path}")
+        moved = retry_orders([task_id] if task_id else None, path, given.since, given.status)
+        if task_id and not moved:
+            raise ValueError(
+                f"{task_id} has neither failed nor been delivered; python db.py list shows what has"
+            )
+        print(f"{len(moved)} order{'s' * (len(moved) != 1)} will be asked about again")
 
 
-def _retry_command(path: Path, task_id: str | None, since: datetime | None, status: int | None) -> None:
-    moved = retry_orders([task_id] if task_id else None, path, since, status)
-    if task_id and not moved:
-        raise ValueError(f"{task_id} has neither failed nor been delivered; python db.py list shows what has")
-    print(f"{len(moved)} order{'s' * (len(moved) != 1)} will be asked about again")
+def open_streams() -> None:
+    """Where a standard stream was closed, as by 2>&-, no other file may take its place."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
 
 
 def main() -> int:
     """`python db.py`. Exit code 0, or 1 with a message on stderr."""
+    open_streams()
     parser = argparse.ArgumentParser(prog="db.py", description="See and change the orders in database.json.")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="show what waits, what GraFx refuses, what has failed or was delivered")
     add = commands.add_parser("add", help="let the poller fetch a task's file")
     add.add_argument("task_id", metavar="TASK_ID", help="what GraFx answered as data.taskId")
     add.add_argument("--project", metavar="ID", help="kept with the order as projectID")
-    commands.add_parser("list", help="show what waits, what GraFx refuses, what has failed or was delivered")
     retry = commands.add_parser("retry", help="ask about failed orders again, or deliver one again")
     retry.add_argument("task_id", metavar="TASK_ID", nargs="?", help="one that failed or was delivered")
     retry.add_argument("--all", action="store_true", help="all that failed")
-    retry.add_argument(
-        "--since", metavar="UTC", type=utc, help="those that failed since then, say 2026-01-31T12:00:00Z"
-    )
-    retry.add_argument("--status", metavar="N", type=int, help="those that failed with this HTTP status")
+    retry.add_argument("--since", metavar="UTC", type=utc, help="failed since then, say 2026-01-31T12:00:00Z")
+    retry.add_argument("--status", metavar="N", type=int, help="failed with this HTTP status")
     given = parser.parse_args()
     if given.command == "retry":
         some = given.since is not None or given.status is not None
@@ -1082,18 +1011,13 @@ def main() -> int:
     for name in (signal.SIGPIPE, signal.SIGINT):  # `db.py list | head` and Ctrl-C are no errors
         signal.signal(name, signal.SIG_DFL)
     try:
-        path = _real(None)
-        if given.command == "add":
-            _add_command(path, given.task_id, given.project)
-        elif given.command == "list":
-            _list(path)
-        else:
-            _retry_command(path, given.task_id, given.since, given.status)
-    except (DatabaseError, ValueError) as error:
+        _run(given, _real(None))
+        sys.stdout.flush()
+    except (DatabaseError, ValueError, OSError) as error:
         print(f"db.py: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # what could not be said, as into a full disk, is not tried again

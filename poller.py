@@ -14,7 +14,8 @@ import signal
 
 if __name__ == "__main__":  # before the slow imports: until `run` has its own, a stop needs no words
     for _name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(_name, lambda *_: os._exit(0))
+        if signal.getsignal(_name) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(_name, lambda *_: os._exit(0))
 
 import argparse
 import contextlib
@@ -35,7 +36,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -49,13 +50,14 @@ EX_SOFTWARE, EX_CONFIG = 70, 78  # sysexits.h: "internal software error", "confi
 SHORTEST_PAUSE = 2.0  # seconds between two questions about one order; CHILI's own client takes 2
 REFUSALS = 3  # the least, before an order has failed; see GIVE_UP_AFTER
 PROGRESS = 10.0  # seconds between two log lines about one download
-MINUTE = 60.0  # seconds between two log lines about what many orders meet
-STATES = ("new", "rendering", "downloading", "delivered", "not handed over", "failing", "failed", "stuck")
+MINUTE = 60.0  # seconds until a trouble is told again; then after 4, 16, 64, and once an hour
+STATES = ("delivered", "new", "rendering", "downloading", "not handed over", "failing", "failed", "stuck")
 ALARM = 600.0  # seconds that all orders wait before it is an error
 HIDDEN = ("SERVER_ID", "SERVER_SECRET", "SERVER_SECRET_FILE", "FRONT_ID", "FRONT_SECRET",
           "CREDENTIALS_DIRECTORY")  # fmt: skip
 
 log = logging.getLogger("poller")
+REDRAW = logging.makeLogRecord({})  # no line of the log, but the live line is another one
 
 
 # --- settings --------------------------------------------------------------------------------
@@ -170,6 +172,10 @@ def load_settings() -> Settings:
         add_secret(given)
     except (db.DatabaseError, ValueError) as error:
         raise SettingsError(str(error)) from None
+    if not set(REQUIRED) & given.keys() and not (db.HERE / ".env").exists():
+        raise SettingsError(
+            f"no settings yet: in {db.HERE}, cp .env.example .env, and fill in its four lines"
+        )
     for name, read, default in READERS:
         if name in REQUIRED and name not in given:
             wrong.append(f"{name} is missing: put {default} into {db.HERE / '.env'} or the environment")
@@ -178,8 +184,6 @@ def load_settings() -> Settings:
             found[name.lower()] = read(given.get(name, default))
         except ValueError as error:
             wrong.append(f"{name} {error}")
-    if not set(REQUIRED) & given.keys() and not (db.HERE / ".env").exists():
-        wrong.append("to begin with: cp .env.example .env, and fill in its four lines")
     if wrong:
         raise SettingsError("\n".join(wrong))
     return Settings(**found)
@@ -212,8 +216,8 @@ def prepare_folder(orders_dir: Path) -> None:
         trial.touch()
         trial.unlink()
     except OSError as error:
-        mend = "Make the folder, or mend its permissions."
-        raise OSError(f"cannot write to ORDERS_DIR, {orders_dir}: {error.strerror}. {mend}") from None
+        said = f"cannot write to ORDERS_DIR, {orders_dir}: {error.strerror}. {db.mend(error)}"
+        raise OSError(said) from None
 
 
 # --- what a person sees ----------------------------------------------------------------------
@@ -228,7 +232,8 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
-        self.terminal, self.line, self.dropped = sys.stderr.isatty(), "", 0
+        self.terminal, self.dropped = sys.stderr.isatty(), 0
+        self.live = self.line = ""  # the live line as it should be, and as it is drawn
         stat = os.fstat(2)  # systemd.exec(5): so one knows that stderr is the journal itself
         self.journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
         stamp = "" if self.journal else "%(asctime)s %(levelname)-7s "
@@ -242,7 +247,7 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
         try:
             self.queue.put(record, timeout=0.0 if self.dropped else 0.2)  # mostly it is only slow
         except queue.Full:
-            self.dropped += not hasattr(record, "live")
+            self.dropped += 1
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -256,32 +261,34 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
         return text
 
     def emit(self, record: logging.LogRecord) -> None:
-        if hasattr(record, "live"):
-            self.draw(record.live)
-            return
-        line, dropped = self.line, self.dropped
-        self.draw("")
-        if dropped:
-            self.dropped -= dropped
-            text = f"{dropped} lines of the log were dropped, since nobody read them"
-            super().emit(logging.makeLogRecord({"msg": text, "levelname": "WARNING"}))
-        super().emit(record)
-        self.draw(line)
+        if record is not REDRAW:
+            self.draw("")
+            if dropped := self.dropped:
+                self.dropped -= dropped
+                text = f"{dropped} lines of the log were dropped, since nobody read them"
+                super().emit(logging.makeLogRecord({"msg": text, "levelname": "WARNING"}))
+            super().emit(record)
+        self.draw(self.live)
 
     def show(self, line: str) -> None:
-        """Put `line` in the place of the live line."""
+        """Put `line` in the place of the live line; where more is to be written, that brings it along."""
         if self.terminal:
-            self.enqueue(logging.makeLogRecord({"live": line}))
+            self.live = line
+            if self.queue.empty():
+                self.enqueue(REDRAW)
 
     def draw(self, line: str) -> None:
-        width = shutil.get_terminal_size().columns
-        if line[: width - 1] == self.line:
+        if not self.terminal:
             return
-        # A terminal that was made narrower has broken the line: all of its rows have to go.
-        up = max(0, len(self.line) - 1) // width
-        self.line = line[: width - 1]
         with contextlib.suppress(OSError):
-            self.stream.write("\r" + f"\x1b[{up}A" * bool(up) + "\x1b[J" + self.line)
+            width = os.get_terminal_size(2).columns or 80
+            if line[: width - 1] == self.line:
+                return
+            # A terminal that was made narrower has broken the line: all of its rows have to go.
+            up = max(0, len(self.line) - 1) // width
+            self.line = line[: width - 1]
+            # ?7l, ?7h: it breaks no line now, however wide the letters of some languages are.
+            self.stream.write("\r" + f"\x1b[{up}A" * bool(up) + f"\x1b[J\x1b[?7l{self.line}\x1b[?7h")
             self.stream.flush()
 
     def finish(self) -> None:
@@ -298,7 +305,10 @@ def notify(state: str) -> None:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.setblocking(False)
-        sock.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
+        sock.sendto(
+            state.encode(errors="replace"),
+            address.replace("@", "\0", 1) if address.startswith("@") else address,
+        )
 
 
 def duration(seconds: float) -> str:
@@ -403,11 +413,10 @@ class Trouble:
 
     text: str
     remind: bool
-    orders: set[str]
+    orders: dict[str, Order]
     since: float
-    said: float
+    due: float  # when it is told again
     unsaid: int = 0  # orders that met it since it was said
-    times: int = 1  # that it was said
 
 
 class Troubles:
@@ -419,23 +428,24 @@ class Troubles:
     def meet(self, order: Order, text: str, more: str = "", remind: bool = True, quiet: bool = False) -> None:
         """The order is in it; `more` is only said of this order."""
         kind = re.sub(r"[\w-]*\d[\w.-]*", "#", text)  # ids and numbers apart
-        if kind in order.met:
+        known = kind in order.met
+        order.met = (*(other for other in order.met if other != kind), kind)  # the present one stands last
+        if known:
             return
-        order.met = (*order.met, kind)
         now = time.monotonic()
         if kind in self._kinds:
             self._kinds[kind].unsaid += not quiet
         else:
-            self._kinds[kind] = Trouble(text, remind, set(), now, now)
+            self._kinds[kind] = Trouble(text, remind, {}, now, now + MINUTE)
             if not quiet:
                 log.warning("%s %s%s", order.task_id, text, more)
-        self._kinds[kind].orders.add(order.task_id)
+        self._kinds[kind].orders[order.task_id] = order
 
     def over(self, order: Order, quiet: bool = False) -> None:
         """The order is out of all of them; `quiet` where it did not end well."""
         for kind in order.met:
             trouble = self._kinds[kind]
-            trouble.orders.discard(order.task_id)
+            trouble.orders.pop(order.task_id, None)
             if not trouble.orders:
                 del self._kinds[kind]
                 more = f" ({trouble.unsaid} more orders met it)" if trouble.unsaid else ""
@@ -444,23 +454,29 @@ class Troubles:
         order.met = ()
 
     def tell(self) -> None:
-        """Once a minute what more orders met; after 1, 4, 16 … minutes what is still not over."""
+        """After 1, 4, 16 … minutes what is still not over, or was met by more orders."""
         now = time.monotonic()
-        for trouble in self._kinds.values():
-            still = trouble.remind and now >= trouble.since + MINUTE * 4.0 ** (trouble.times - 1)
-            if not still and not (trouble.unsaid and now >= trouble.said + MINUTE):
+        for trouble, stuck in self.present():
+            if now < trouble.due or not (trouble.remind or trouble.unsaid):
                 continue
-            some = ", ".join(sorted(trouble.orders)[:3]) + ", …" * (len(trouble.orders) > 3)
-            more = f"{trouble.unsaid} more, " * bool(trouble.unsaid)
-            log.warning("%s%d by now: %s %s", more, len(trouble.orders), some, trouble.text)
-            trouble.said, trouble.unsaid = now, 0
-            trouble.times += still
+            lasts, others = now - trouble.since, len(stuck) - 3
+            some = ", ".join(sorted(stuck)[:3]) + f" and {others} more" * (others > 0)
+            more = f" ({trouble.unsaid} more met it)" * bool(trouble.unsaid)
+            log.warning("still after %s%s: %s %s", duration(lasts), more, some, trouble.text)
+            trouble.due, trouble.unsaid = now + min(3 * lasts, 60 * MINUTE), 0
+
+    def present(self) -> Iterator[tuple[Trouble, list[str]]]:
+        """The oldest first, each with the orders that are in it just now."""
+        for kind, trouble in self._kinds.items():
+            stuck = [task_id for task_id, order in trouble.orders.items() if order.met[-1] == kind]
+            if stuck:
+                yield trouble, stuck
 
     def worst(self) -> str:
         """The one that has lasted longest, for the live line."""
-        for trouble in self._kinds.values():
+        for trouble, stuck in self.present():
             if trouble.remind:
-                return f"{len(trouble.orders)} stuck: {trouble.text}"
+                return f"{len(stuck)} stuck: {trouble.text.removeprefix('waits: ')}"
         return ""
 
 
@@ -474,11 +490,12 @@ class Outage:
         self.lately: dict[str, float] = {}  # what was over, and when: not worth a word again so soon
         self.times = 0  # tries in a row
         self.until = self.alone = 0.0  # the next try; how long GraFx wants to be left alone
-        self.over = 0.0  # when the last one was over
+        self.since = 0.0  # when it began; where there is none, when the last one was over
 
     def begins(self, error: chili.AskAgainLater) -> None:
         """It was met, perhaps once more."""
         now = time.monotonic()
+        self.since = self.since if self.error else now
         if now >= self.until:
             self.times += 1
             self.until = now + growing(self.times, self.longest)
@@ -491,13 +508,13 @@ class Outage:
         self.error = error
 
     def ends(self, delivered: bool) -> None:
-        """An answer came; where it was the disk, it takes a delivery to show that it is over."""
+        """The way is free; where it was the disk, it takes a file on it to show that."""
         if self.error is None or (isinstance(self.error, chili.CannotWrite) and not delivered):
             return
-        self.over = time.monotonic()
+        self.since = time.monotonic()
         for text in filter(None, self.said):
-            log.info("over: %s, after %s", text, duration(self.over - self.said[text]))
-            self.lately[text] = self.over
+            log.info("over: %s, after %s", text, duration(self.since - self.said[text]))
+            self.lately[text] = self.since
         self.error, self.said, self.times, self.until = None, {}, 0, 0.0
 
     def pause(self) -> float:
@@ -529,7 +546,7 @@ class HandOff:
         self.running: set[subprocess.Popen[bytes]] = set()
         self.signalled: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
-        self.said = ""  # the last words of the last one that failed
+        self.failing = False  # the last one did
 
     def __bool__(self) -> bool:
         return bool(self.words)
@@ -558,11 +575,11 @@ class HandOff:
             end = f"was ended by signal {-code} ({signal.strsignal(-code)})"
         else:
             end = f"ended with {code}"
-        log.log(logging.WARNING if code else logging.DEBUG, "%s: ON_DONE %s", order.task_id, end)
+        log.debug("%s: ON_DONE %s", order.task_id, end)
+        self.failing = code != 0
         if code:
             kill(process, signal.SIGKILL)  # what it left running
-            self.said = last or end
-            raise NotHandedOver(f"ON_DONE {end}")
+            raise NotHandedOver(f"ON_DONE {end}" + (f", it said: {last}" if last not in ("", end) else ""))
 
     def start(self, order: Order, file: Path) -> subprocess.Popen[bytes]:
         words = [word.replace("{}", str(file)) for word in self.words]
@@ -576,7 +593,6 @@ class HandOff:
                 start_new_session=True,
             )  # fmt: skip
         except (OSError, ValueError) as error:
-            self.said = str(error)
             raise NotHandedOver(f"ON_DONE cannot be run: {error}") from None
         self.running.add(process)
         return process
@@ -602,7 +618,8 @@ class HandOff:
                 lines, line = [*lines, line], b""
             for said in filter(None, (chili.plain(text.decode(errors="replace")) for text in lines)):
                 last = said
-                log.info("%s: ON_DONE says: %s", order.task_id, said)
+                level = logging.DEBUG if self.failing else logging.INFO  # else it is told for all orders
+                log.log(level, "%s: ON_DONE says: %s", order.task_id, said)
             if not data:
                 process.wait(max(0.0, until - time.monotonic()))
                 break
@@ -660,7 +677,6 @@ class Poller:
 
     def run(self) -> int:
         """Poll until a signal, with `once` until each order was asked about; returns the exit code."""
-        self.begin()
         while True:
             self.take(self.database.sync(soon=not self.asking and self.waiting.first() > time.monotonic()))
             self.ask_due_orders()
@@ -673,13 +689,15 @@ class Poller:
         """Read the file, and start the threads."""
         store = self.database.start()
         log.info(
-            "GraFx order poller %s: %s, %s: %d waiting, %d failing, %d failed",
+            "GraFx order poller %s: %s, %s: %d waiting, %d failing, %d failed, %d delivered",
             VERSION, self.settings.database, self.settings.baseurl,
             len(store.orders) - len(self.database.failing), len(self.database.failing), len(store.failed),
+            len(self.database.deliveries.ids),
         )  # fmt: skip
         self.take(store)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(name, self.on_signal)
+            if signal.getsignal(name) != signal.SIG_IGN:
+                signal.signal(name, self.on_signal)
         for _ in range(self.settings.concurrency):
             # Daemons: a thread that hangs in a name lookup must not hold up the stop.
             threading.Thread(target=self.work, daemon=True).start()
@@ -744,7 +762,7 @@ class Poller:
             order = self.todo.get()
             try:
                 answer: Any = self.ask(order) if order else self.grafx.token.get()
-            except Exception as error:  # noqa: BLE001 - `hear` looks at what it is
+            except Exception as error:  # noqa: BLE001 - `heard` looks at what it is
                 answer = error
             self.answers.put((order, answer))
 
@@ -763,7 +781,7 @@ class Poller:
         return True
 
     def hear_answers(self) -> None:
-        """Wait for an answer, but no longer than to the next order due, the next look, the next picture."""
+        """Wait for an answer, but no longer than to the next order due, the next look, the next live line."""
         now = time.monotonic()
         until = now + (0.2 if self.telling.screen.terminal and self.asking else db.LOOK)
         if self.ready and len(self.asking) < self.settings.concurrency:
@@ -804,7 +822,7 @@ class Poller:
         if isinstance(answer, chili.AskAgainLater) and self.waiting:
             self.outage.begins(answer)
         elif isinstance(answer, Exception) and not self.stopping:
-            log.warning("%s; it is tried again when an order waits", answer)
+            log.warning("%s%s", answer, "" if self.once else "; it is tried again when an order waits")
 
     def delivered(self, order: Order) -> None:
         """Its file is whole on the disk, and handed over: it may leave database.json."""
@@ -839,9 +857,7 @@ class Poller:
             log.error("%s failed, project %s: %s", order.task_id, order.project or "not given", error)
             self.telling.count(order, "failed")
             return
-        until = (
-            f", project {order.project or 'not given'}; asked until {clock(left)} before it counts as failed"
-        )
+        until = f" (project {order.project or 'not given'}; asked until {clock(left)}, then it has failed)"
         self.troubles.meet(order, f"refused: {error}", until, remind=False)
         self.note_refusal(order, error)
         self.telling.count(order, "failing")
@@ -869,10 +885,15 @@ class Poller:
             log.log(logging.DEBUG if self.outage.pause() else logging.WARNING,
                     "GraFx wants to be left alone for %.0f s", error.pause)  # fmt: skip
             self.outage.leave_alone(error.pause)
-        if error.shared and order.asked >= self.outage.over:  # else it was asked before that was over
+        # Who was asked before the present state began says nothing of it.
+        now = order.asked >= self.outage.since
+        if error.shared and (now or self.outage.error):
             self.outage.begins(error)
+            self.telling.results["stuck"] += 1
             self.again(order, 0.0)
             return
+        if now and not isinstance(error, NotHandedOver):
+            self.outage.ends(delivered=False)
         order.troubles += 1
         self.troubles.meet(order, f"waits: {error}")
         self.telling.count(order, "not handed over" if isinstance(error, NotHandedOver) else "stuck")
@@ -881,15 +902,14 @@ class Poller:
     def unforeseen(self, order: Order, error: Exception) -> None:
         """A fault of ours: it is said once with all that helps to find it, and the order goes on waiting."""
         later = chili.AskAgainLater(f"unexpected {type(error).__name__}")
-        if order.troubles == 0:
+        if f"waits: {later}" not in order.met:
             log.error("%s: unexpected error, please report it", order.task_id, exc_info=error)
         self.later(order, later)
 
     def over(self, order: Order, delivered: bool = False) -> None:
         """A good answer: what the order was in, and perhaps all orders, is over."""
-        if not delivered or order.size:  # else nobody was asked: the file was here
-            self.outage.ends(delivered=False)
-        if delivered:
+        came = order.size > 0 and (not self.hand_off or order.asked >= self.outage.since)
+        if came or not delivered:  # else the file was here, or the command took long
             self.outage.ends(delivered)
         order.troubles = 0
         self.not_refused(order)
@@ -969,34 +989,30 @@ class Telling:
         ready, self.told = "" if self.told else "READY=1\n", now
         poller.troubles.tell()
         loading = [order for order in poller.asking.values() if order.loading()]
-        waits, wrong = self.wrong(poller)
-        if wrong != self.note:
-            self.note = wrong
-            db.take_note(self.lock, wrong)
+        waits, wrong, stuck = *self.wrong(poller), poller.troubles.worst()
+        if (note := "; ".join(filter(None, (wrong, stuck)))) != self.note:
+            self.note = note
+            db.take_note(self.lock, note)
         counts = self.counts(poller, loading)
         # From the loop, so only while it turns.
-        status = "; ".join(filter(None, (waits + wrong, counts, self.last)))
+        status = "; ".join(filter(None, (waits + note, counts, self.last)))
         notify(f"{ready}WATCHDOG=1\nSTATUS={status}")
         parts = [waits + wrong, *(f"{order.task_id[:8]} {order.loading()}" for order in loading), counts]
         pause = poller.waiting.first() - now
         if pause < 1e6 and not waits:
-            parts.append(f"next question in {max(0.0, pause):.0f} s")
-        self.screen.show(" | ".join(filter(None, (*parts, self.last))))
+            parts.append(f"asks in {max(0.0, pause):.0f} s")
+        self.screen.show(" | ".join(filter(None, (*parts, self.last, stuck))))
         for order in loading:
             if not self.screen.terminal and now >= max(order.asked, order.logged) + PROGRESS:
                 order.logged = now
                 log.info("%s downloading: %s", order.task_id, order.loading())
 
     def wrong(self, poller: Poller) -> tuple[str, str]:
-        """What is wrong: when it is tried again, and what it is; the worst first."""
+        """What is wrong for all orders: when it is tried again, and what it is."""
         pause, outage = poller.outage.pause(), poller.outage.error
         waits = f"again in {pause:.0f} s: " if pause else ""
-        found = [f"all orders wait: {outage}" if outage else "GraFx wants to be left alone" if pause else ""]
-        found.append(poller.database.problem)
-        if unhanded := self.states["not handed over"]:
-            found.append(f"{unhanded} wait for ON_DONE, which said: {poller.hand_off.said}")
-        found.append(poller.troubles.worst())
-        return waits, "; ".join(filter(None, found))
+        found = str(outage) if outage else "GraFx wants to be left alone" if pause else ""
+        return waits, "; ".join(filter(None, (found, poller.database.problem)))
 
     def counts(self, poller: Poller, loading: list[Order]) -> str:
         """How many orders are in which state, each in one."""
@@ -1028,7 +1044,8 @@ def check(settings: Settings) -> int:
     )
 
     def database() -> str:
-        store = db.read(settings.database)
+        with db.lock(settings.database, "lock", db.PATIENCE):  # as it has to be written
+            store = db.read(settings.database)
         return f"{settings.database}: {len(store.orders)} waiting, {len(store.failed)} failed"
 
     def folder() -> str:
@@ -1040,6 +1057,8 @@ def check(settings: Settings) -> int:
         return f"{settings.token_url} gives one"
 
     def answers() -> str:
+        if not grafx.token.issued:
+            raise chili.AskAgainLater("not asked, since there is no token")
         return chili.try_out(grafx)
 
     code = 0
@@ -1061,7 +1080,7 @@ def arguments() -> argparse.Namespace:
         description="Fetch the files of finished GraFx orders: from database.json to ./orders.",
         epilog="Settings come from the environment and .env beside poller.py; README.md lists them."
         " Exit codes: 0 done; 1 an order failed or could not be asked, or the poller cannot start;"
-        " 78 wrong settings or refused credentials.",
+        " 70 a fault of the poller's own; 78 wrong settings or refused credentials.",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--once", action="store_true", help="ask about each order once, and end")
@@ -1072,18 +1091,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def open_streams() -> None:
-    """Where a standard stream was closed, as by 2>&-, no other file may take its place."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(fd)
-    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
-
-
 def main() -> int:
     """`python poller.py`; returns the exit code."""
-    open_streams()
+    db.open_streams()
     given = arguments()
     screen = Screen()
     logging.getLogger().addHandler(screen.inlet)
@@ -1111,10 +1121,9 @@ def run(settings: Settings, screen: Screen, once: bool) -> int:
         prepare_folder(settings.orders_dir)
         chili.remove_leftovers(settings.orders_dir)
         poller = Poller(settings, screen, lock, once)
+        poller.begin()
         try:
             return poller.run()
-        except (db.DatabaseError, OSError):
-            raise
         except Exception:
             poller.hand_off.stop(signal.SIGKILL)
             log.critical("the poller is broken and ends, please report it", exc_info=True)

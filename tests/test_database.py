@@ -185,13 +185,17 @@ def test_writing_takes_a_small_part_of_the_time(database: db.Database) -> None:
     told(database, lambda store: len(store.orders) == 20_000)
     turns(database, 0.1)
     begun, used, writes, seen = time.monotonic(), time.process_time(), 0, db.version(database.path)
-    for number in range(400):
-        database.delivered[f"t{number}"] = "x.png"
+    number = 0
+    while number < 400 or writes < 2:  # where the disk is slow, the second one comes later
+        if number < 400:
+            database.delivered[f"t{number}"] = "x.png"
+        assert number < 10_000
+        number += 1
         database.sync(True)
         writes, seen = writes + (seen != db.version(database.path)), db.version(database.path)
         time.sleep(0.01)
     part = (time.process_time() - used) / (time.monotonic() - begun)
-    assert 2 <= writes <= 8
+    assert writes <= 8
     assert part < 0.15  # 0.05 for writing, the rest for the list, and the first write is free
     assert database.flush()
     assert len(content(database)["orders"]) == 19_600
@@ -382,6 +386,24 @@ def test_a_broken_file_is_said_once_and_left_as_it_is(
     assert database.problem == ""
     assert said(caplog, logging.INFO) == [("INFO", f"over: {problem[1]}")]
     assert content(database)["failing"] == {"c": REFUSED}
+
+
+def test_what_is_saved_in_place_just_after_a_write_is_noticed(
+    database: db.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a store or `cat` saves, before the poller has looked at what it wrote itself."""
+    real, mine = db.sync_folder, json.dumps({"orders": ["b", "typed"]})
+
+    def sync_folder(folder: Path) -> None:
+        if "a" not in content(database)["orders"]:  # else it is the folder of the list, which is new
+            database.path.write_text(mine)
+        real(folder)
+
+    monkeypatch.setattr(db, "sync_folder", sync_folder)
+    database.delivered["a"] = "a.png"
+    store = told(database, lambda store: "typed" in store.orders)
+    assert list(store.orders) == ["b", "typed"]
+    assert content(database)["orders"] == ["b", "typed"]
 
 
 def test_a_slow_writer_loses_nothing(database: db.Database, caplog: pytest.LogCaptureFixture) -> None:

@@ -151,6 +151,12 @@ def test_an_order_that_ends_takes_its_refusals_along(path: Path) -> None:
     assert db.read(path).failing == {A: refusal, B: refusal}
     db.remove_order(A, path)
     assert json.loads(path.read_text())["failing"] == {"note": "mine", B: refusal}
+    save(path, {"orders": [A, B, C], "failing": {C: refusal, "note": "mine", B: refusal}})
+    db.remove_order(C, path)
+    assert list(json.loads(path.read_text())["failing"]) == ["note", B]
+    save(path, {"orders": [A, B, C], "failing": {A: refusal, B: refusal, "note": "mine"}})
+    db.remove_order(A, path)
+    assert list(json.loads(path.read_text())["failing"]) == [B, "note"]  # in the order that it had
     save(path, {"orders": [A, B, C], "failing": {A: refusal, B: refusal}})
     db.end_orders([A], {B: (500, "")}, path)
     assert "failing" not in json.loads(path.read_text())
@@ -184,6 +190,19 @@ def test_a_retry_adds_to_what_waits_already(path: Path) -> None:
     save(path, {"orders": [{"taskID": A, "n": 1}], "failed": {A: {"n": 2, "projectID": "p", "status": 5}}})
     assert db.retry_orders([A], path) == [A]
     assert db.get_orders(path) == {A: {"n": 1, "projectID": "p"}}
+
+
+def test_many_entries_cost_no_more_each_than_few(path: Path) -> None:
+    """What is done for one of them must not look at all of them: that would be minutes here."""
+    begun, many = time.process_time(), [f"t{number}" for number in range(20_000)]
+    save(path, json.dumps({"orders": [], "failed": {task: {"status": 500, **FIELDS} for task in many}}))
+    assert db.retry_orders(None, path) == many
+    assert list(db.get_orders(path)) == many
+    twice = ", ".join(f'"{task}": {{}}' for task in [*many, many[-1]])
+    save(path, f'{{"orders": {{{twice}}}}}')
+    with pytest.raises(db.DatabaseError, match=f'"{many[-1]}" stands twice'):
+        db.read(path)
+    assert time.process_time() - begun < 4
 
 
 def test_a_retry_by_time_and_status(path: Path) -> None:

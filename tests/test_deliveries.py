@@ -42,7 +42,7 @@ def test_a_delivery_is_a_line_beside_the_database(deliveries: db.Deliveries) -> 
     text = deliveries.path.read_text()
     assert LINE.findall(text) == [("a", "a.png"), ("b", "b.pdf"), ("c", "c.zip")]
     assert "".join(match[0] for match in LINE.finditer(text)) == text
-    assert len(deliveries) == 3
+    assert len(deliveries.ids) == 3
     assert "a" in deliveries
     assert "d" not in deliveries
     again = db.Deliveries(deliveries.database)
@@ -222,7 +222,7 @@ took = time.process_time() - begun
 after = memory()
 begun = time.monotonic()
 database.deliveries.last("none"), database.deliveries.last("00000000-0000-4000-8000-000000000001")
-print(len(database.deliveries), took, after - before, time.monotonic() - begun)
+print(len(database.deliveries.ids), took, after - before, time.monotonic() - begun)
 """
 
 
@@ -251,7 +251,7 @@ def test_two_processes_that_write_lose_nothing(deliveries: db.Deliveries) -> Non
     assert [writer.wait(60) for writer in writers] == [0, 0]
     assert len(LINE.findall(deliveries.path.read_text())) == 200
     deliveries.refresh()
-    assert len(deliveries) == 200
+    assert len(deliveries.ids) == 200
 
 
 names = st.sampled_from(["a", "b", "c", "a.png", "2026-01-01T12:00:00Z"])

@@ -192,8 +192,8 @@ def test_the_order_leaves_the_database_only_after_0(desk: Desk) -> None:
     calls = len(desk.calls())
     running.stop()
     assert len(desk.calls()) == calls
-    assert len(re.findall(f"{task_id}: ON_DONE ended with 3", running.log())) == calls - 1
-    assert not re.search(f"{task_id}: ON_DONE ended with 0", running.log())  # "delivered" says it
+    assert len(re.findall("ON_DONE ended with 3", running.log())) == 2  # once, and that it is over
+    assert not re.search("ON_DONE ended with 0", running.log())  # "delivered" says it
 
 
 def test_it_is_tried_again_on_growing_pauses(desk: Desk) -> None:
@@ -268,8 +268,8 @@ def test_its_output_is_logged_line_by_line_at_once(desk: Desk) -> None:
     running.says(f"{task_id}: ON_DONE says: two three\n")  # while it runs
     assert "ON_DONE was ended" not in running.log()
     desk.go()
-    running.says(f"{task_id}: ON_DONE was ended by signal 9")
-    said = re.findall(f"{task_id}: ON_DONE (.*)", running.log())
+    running.says(f"{task_id} waits: ON_DONE was ended by signal 9")
+    said = re.findall(f"{task_id}.*: ON_DONE (.*)", running.log())
     assert said[:3] == ["says: one", "says: two three", "says: no end"]
     assert "signal 9" in said[3]
 
@@ -280,7 +280,7 @@ def test_every_signal_is_an_end(desk: Desk) -> None:
     desk.command('[ -e "$FOLDER/go" ] || kill -40 $$')
     task_id = desk.order()
     running = desk.home.start(before=QUICK)
-    running.says(f"{task_id}: ON_DONE was ended by .*40")
+    running.says(f"{task_id} waits: ON_DONE was ended by .*40")
     assert "Traceback" not in running.log()
     desk.go()
     running.says(f"{task_id} delivered")
@@ -367,7 +367,7 @@ def test_a_timeout_ends_it_with_all_that_it_started(desk: Desk) -> None:
     desk.called()
     assert len(eventually(lambda: len(desk.alive()) == 4 and desk.alive())) == 4
     desk.go()
-    running.says(f"{task_id}: ON_DONE took longer than 1 s")
+    running.says(f"{task_id} waits: ON_DONE took longer than 1 s")
     eventually(lambda: not desk.alive(), "all ended")
     running.says(f"{task_id} delivered")
     assert desk.downloads(task_id) == 1
@@ -417,20 +417,62 @@ def test_a_file_that_is_being_handed_over_is_no_download(desk: Desk) -> None:
     assert "downloading" not in running.log()
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP], ids=lambda how: how.name)
 @pytest.mark.parametrize("trap", ["", "touch $FOLDER/tidied; exit 1"], ids=["ignores SIGTERM", "tidies up"])
-def test_a_stop_ends_it_with_all_that_it_started(desk: Desk, trap: str) -> None:
+def test_a_stop_ends_it_with_all_that_it_started(desk: Desk, trap: str, how: int) -> None:
     home = desk.home
     desk.command(f"trap '{trap}' TERM\n{FAMILY}wait; wait; exit 1")
     task_id = desk.order()
     running = home.start(before=QUICK)
     eventually(lambda: len(desk.alive()) == 4)
     began = time.monotonic()
-    assert running.stop() == 0
+    assert running.stop(how) == 0
     assert time.monotonic() < began + 2
     eventually(lambda: not desk.alive(), "all ended", 5)
     assert (home.folder / "tidied").exists() == bool(trap)  # it is asked before it is forced
     assert list(home.waiting()) == [task_id]
     assert home.files() == [f"{task_id}.png"]
+
+
+def test_what_the_poller_ended_has_not_ended_with_0(desk: Desk) -> None:
+    """Whatever its exit code: it came to its end only when it was left in peace. The next start does that."""
+    home = desk.home
+    desk.command(
+        """trap 'echo "tidied up"; exit 0' TERM\n"""
+        '[ -e "$FOLDER/go" ] || { echo begun; while :; do sleep 0.05; done; }\n'
+        'echo "$TASK_ID" >>"$FOLDER/done"'
+    )
+    task_id = desk.order()
+    running = home.start(before=QUICK)
+    running.says("ON_DONE says: begun")
+    assert running.stop() == 0
+    assert "ON_DONE says: tidied up" in running.log()
+    assert f"{task_id}: ON_DONE was ended by the poller" in running.log()
+    assert not re.search(f"{task_id} delivered", running.log())
+    assert list(home.waiting()) == [task_id]
+    desk.go()
+    assert home.run("--once").process.returncode == 0
+    assert (home.folder / "done").read_text() == f"{task_id}\n"
+    assert (home.waiting(), len(desk.calls()), desk.downloads(task_id)) == ({}, 2, 1)
+
+
+def test_a_closed_terminal_leaves_no_command_running_alone(desk: Desk) -> None:
+    home = desk.home
+    desk.command(f"{FAMILY}wait")
+    task_id = desk.order()
+    process, terminal = pty.fork()
+    if not process:
+        os.execve(sys.executable, home.command(before=QUICK), home.environment(TERM="xterm"))
+    try:
+        # It is read on, or the poller's log would fill the terminal.
+        eventually(lambda: len(desk.alive()) == 4 and os.read(terminal, 65536), "the command runs")
+        os.close(terminal)
+        assert eventually(lambda: not is_alive(process)) and os.waitpid(process, 0)[1] == 0
+    finally:
+        if is_alive(process):
+            os.kill(process, signal.SIGKILL)
+    eventually(lambda: not desk.alive(), "all ended", 5)
+    assert list(home.waiting()) == [task_id]
 
 
 # --- settings --------------------------------------------------------------------------------
@@ -508,8 +550,8 @@ def test_while_it_fails_everybody_is_told(desk: Desk) -> None:
             assert error.errno == errno.EIO
 
     def live_lines() -> list[str]:
-        found = re.findall(r"\r(?:\x1b\[\d+A)?\x1b\[J([^\r\n]+)", b"".join(shown).decode())
-        return [line for line in found if re.search(r"\d wait", line) and not line.startswith("20")]
+        found = re.findall(r"\r(?:\x1b\[\d+A)?\x1b\[J\x1b\[\?7l([^\r\n\x1b]+)", b"".join(shown).decode())
+        return [line for line in found if re.search(r"\d stuck", line) and not line.startswith("20")]
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(address)
@@ -525,7 +567,8 @@ def test_while_it_fails_everybody_is_told(desk: Desk) -> None:
             assert line.isprintable()
             eventually(lambda: re.search(told, home.db("list").stdout), "db.py list")
             eventually(
-                lambda: [text for text in live_lines() if re.search(told, text)], str(live_lines()[-3:])
+                lambda: [text for text in live_lines() if re.search("2 stuck: ON_DONE ended with 1", text)],
+                str(live_lines()[-3:]),
             )
             assert all(len(text) < 80 for text in live_lines())
 

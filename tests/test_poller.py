@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import select
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -402,7 +399,8 @@ def test_the_file_is_read_where_it_changed_and_written_once_for_a_sweep(home: Ho
     tasks = [grafx.add() for _ in range(40)]
     pending = grafx.add("never")
     home.wait_for(*tasks, pending)
-    daemon = home.start(before=f"db.LOOK = 0.1; {WATCH}", CONCURRENCY="4", POLL_INTERVAL="3600")
+    before = f"db.LOOK = 0.1; poller.SHORTEST_PAUSE = 3600; {WATCH}"
+    daemon = home.start(before=before, CONCURRENCY="4", POLL_INTERVAL="3600")
 
     def count(what: str) -> int:
         return len(re.findall(rf"<{what} [^>]*{re.escape(home.database.name)}>", daemon.log()))
@@ -522,43 +520,6 @@ def test_it_starts_with_a_missing_file(home: Home) -> None:
     eventually(lambda: home.waiting() == {})
     assert home.files() == [f"{task}.png"]
     assert daemon.stop() == 0
-
-
-# --- in a terminal ---------------------------------------------------------------------------
-
-
-def test_a_terminal_has_one_live_line(home: Home) -> None:
-    grafx = home.grafx
-    slow, quick = grafx.add(size=300_000), grafx.add(after=0.5)
-    grafx.fault("download", "slow", task_id=slow, rate=200_000)
-    home.wait_for(slow, quick, grafx.add("never"))
-    ours, its = pty.openpty()
-    process = subprocess.Popen(
-        home.command(before=f"{QUICK}; poller.PROGRESS = 0.1"),
-        env=home.environment(COLUMNS="200", TERM="xterm"), stdin=its, stdout=its, stderr=its, cwd=home.folder,
-    )  # fmt: skip
-    os.close(its)
-    shown, deadline = "", time.monotonic() + 30
-    try:
-        while f"{slow} delivered" not in shown and time.monotonic() < deadline:
-            if select.select([ours], [], [], 0.1)[0]:
-                shown += os.read(ours, 65536).decode(errors="replace")
-        process.send_signal(signal.SIGINT)
-        process.wait(30)
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
-    assert process.returncode == 0
-    lines = shown.split("\n")
-    live = [part for line in lines for part in line.split("\r")[:-1] if " rendering" in part]
-    assert any(re.search(rf"{slow[:8]} \d+% of 300.*\d rendering, 1 downloading", part) for part in live), (
-        shown
-    )
-    assert all(part.startswith("\x1b[J") for part in live)  # in the place of the one before
-    logged = [line.split("\x1b[J")[-1].strip() for line in lines]
-    assert any(re.match(rf"\S*\d \S+ INFO +{quick} delivered", line) for line in logged)
-    assert not any(re.search("INFO .*downloading", line) for line in logged)  # the live line shows it
 
 
 # --- how much it takes -----------------------------------------------------------------------

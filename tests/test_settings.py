@@ -23,7 +23,7 @@ GOOD = {
     "SERVER_SECRET": "secret",
     "BASEURL": "https://cp-abc-123.chili-publish.online",
     "ENVIRONMENT": "cp-abc-123",
-    "TOKEN_URL": "",  # nothing stands for no value at all, and hides a .env beside poller.py
+    "TOKEN_URL": "",  # nothing stands for no value at all
     "POLL_INTERVAL": "",
     "CONCURRENCY": "",
     "DATABASE": "",

@@ -1,6 +1,6 @@
 """The long runs: the poller killed at random moments, and kept busy for long.
 
-    python tests/torture.py --kills 1000       kill -9, look at what is left, start again, and so on
+    python tests/torture.py --kills 1000       kill -9, look at what is left and how often ON_DONE ran, go on
     python tests/torture.py --orders 20000     that many orders through one process
     python tests/torture.py --outage 1000      so many orders while GraFx has every fault there is
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -57,6 +58,34 @@ def hidden(folder: Path) -> set[str]:
 # --- kill -9 -------------------------------------------------------------------------------------
 
 
+# Some files it takes away, for some it takes its time. That it has ended is its last act.
+ON_DONE = """#!/bin/sh
+case $TASK_ID in
+    [0-3]*) mv "$ORDER_FILE" "$FOLDER/taken/" || exit ;;
+    [4-7]*) sleep 0.1 ;;
+esac
+echo "$TASK_ID" >>"$FOLDER/ended"
+"""
+
+
+class Lines:
+    """The lines of a file that others append to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.at = path, 0
+
+    def new(self) -> list[str]:
+        """Those that came since the last call."""
+        if not self.path.exists():
+            return []
+        with self.path.open() as file:
+            file.seek(self.at)
+            text = file.read()
+        whole = text[: text.rfind("\n") + 1]
+        self.at += len(whole.encode())
+        return whole.splitlines()
+
+
 class Campaign:
     """Orders that finish all the time, and a poller that is killed all the time."""
 
@@ -67,6 +96,18 @@ class Campaign:
         self.bytes = 0
         grafx.body(grafx.add(size=10_000))  # what it pads files with is the same from here on
         self.left: Counter[str] = Counter()  # what kills left behind
+        (command := folder / "on-done").write_text(ON_DONE)
+        command.chmod(0o755)
+        (folder / "taken").mkdir()
+        self.home.env |= {"ON_DONE": str(command), "FOLDER": str(folder)}
+        self.ends_file, self.list_file = Lines(folder / "ended"), Lines(folder / ".database.json.delivered")
+        self.ended: list[str] = []  # the orders whose command has ended since the last kill
+        self.runs: Counter[str] = Counter()  # how often it did before
+        self.listed: set[str] = set()  # what was delivered, by the list
+        self.taken: set[str] = set()  # whose file the command has moved
+        self.hit: Counter[str] = Counter()  # how often it was so at a kill: ended, but no line
+        self.alone = 0  # how many of these were commands that ran when the poller was killed, and went on
+        self.back = 0  # delivered orders that were put into database.json again
 
     def new(self) -> str:
         """An order of 1 kB to 4 MB that renders for up to 1.5 s, small ones more often."""
@@ -78,7 +119,19 @@ class Campaign:
         return task_id
 
     def fill(self) -> None:
-        place(self.home, [self.new() for _ in range(WAITING - len(self.placed - self.done))])
+        new = [self.new() for _ in range(WAITING - len(self.placed - self.done))]
+        old = self.chance.sample(sorted(self.done), min(len(self.done), self.chance.choice((0, 0, 1, 10))))
+        self.back += len(old)
+        place(self.home, new + old)
+
+    def look(self) -> set[str]:
+        """The orders whose command has ended, but whose line is not there."""
+        self.ended += self.ends_file.new()
+        for line in self.list_file.new():
+            task_id = line.split()[1]
+            assert task_id not in self.listed, f"delivered twice: {task_id}"
+            self.listed.add(task_id)
+        return {task_id for task_id in self.ended if task_id not in self.listed}
 
     def kill(self, poller: Running) -> None:
         """At any time, or at one of the moments that matter: as soon as its sign is seen, and a bit later."""
@@ -90,6 +143,7 @@ class Campaign:
                 lambda: hidden(orders),  # a file is being written
                 lambda: hidden(folder),  # database.json is
                 lambda: any(not name.startswith(".") for name in set(self.home.files()) - before),
+                self.look,  # a command has ended
             )
         )
         started = time.monotonic()
@@ -99,7 +153,29 @@ class Campaign:
         while time.monotonic() < until and not (time.monotonic() > started + 0.3 and sign()):
             time.sleep(0.0005)
         time.sleep(0.01 * self.chance.random() ** 2)
+        self.kill_now(poller, self.chance.random() < 0.5)
+
+    def kill_now(self, poller: Running, with_commands: bool) -> None:
+        """The poller, with its commands as systemd does it, or alone; and see which orders it hit."""
+        poller.process.send_signal(signal.SIGSTOP)  # so that all of it is looked at as it was killed
+        assert os.WIFSTOPPED(os.waitpid(poller.process.pid, os.WUNTRACED)[1]), poller.log()
+        commands = psutil.Process(poller.process.pid).children(recursive=True)
+        ended = self.look()
         poller.stop(signal.SIGKILL)
+        for command in commands:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if with_commands:
+                    command.kill()
+        eventually(lambda: not any(map(runs, commands)), "commands that go on alone come to their end")
+        hit = self.look()
+        assert len(set(self.ended)) == len(self.ended), f"handed over twice by one poller: {self.ended}"
+        assert not self.runs.keys() & set(self.ended) - self.hit.keys(), (
+            "handed over after the line was there"
+        )
+        self.hit.update(hit)
+        self.alone += len(hit - ended)
+        self.runs.update(self.ended)
+        self.ended = []
 
     def inspect(self) -> None:
         """What must hold at any time, whatever was killed."""
@@ -111,20 +187,28 @@ class Campaign:
         assert len(files) == len(visible), f"one order, two files: {sorted(path.name for path in visible)}"
         for task_id, path in files.items():
             assert task_id in self.placed - self.done, f"nobody ordered {path.name}, or it came twice"
-            served = self.grafx.body(task_id)
-            assert path.read_bytes() == served, f"{path.name} is not what was served"
-            if task_id not in waiting:
-                self.done.add(task_id)
-                self.bytes += len(served)
-                path.unlink()
-        lost = self.placed - self.done - waiting
+            assert path.read_bytes() == self.grafx.body(task_id), f"{path.name} is not what was served"
+        for path in (self.home.folder / "taken").iterdir():
+            assert path.stem in self.placed - self.done, f"nobody ordered {path.name}, or it came twice"
+            assert path.read_bytes() == self.grafx.body(path.stem), f"{path.name} is not what was served"
+            path.unlink()
+            self.taken.add(path.stem)
+        out = self.placed - self.done - waiting
+        lost = out - files.keys() - self.taken
         assert not lost, f"lost: {sorted(lost)}"
+        assert out <= self.runs.keys(), f"not handed over: {sorted(out - self.runs.keys())}"
+        assert out <= self.listed, f"not noted as delivered: {sorted(out - self.listed)}"
+        for task_id in out:
+            self.done.add(task_id)
+            self.bytes += len(self.grafx.body(task_id))
+            if task_id in files:
+                files.pop(task_id).unlink()
         half = hidden(self.home.orders)
         self.left["a half-written file"] += bool(half)
         self.left["a half-written database.json beside the whole one"] += bool(hidden(self.home.folder))
         self.left["a delivered file whose order still stood in database.json"] += bool(waiting & set(files))
         # Somebody takes an order out whose file was on its way: what is left of it must go, too.
-        for task_id in waiting - set(files):
+        for task_id in waiting - files.keys() - self.runs.keys():
             if any(task_id in name for name in half) and self.chance.random() < 0.1:
                 db.remove_order(task_id, self.home.database)
                 self.placed.remove(task_id)
@@ -134,10 +218,22 @@ class Campaign:
         poller = self.home.start()
         eventually(lambda: not self.home.waiting(), "the last orders are delivered", 120)
         assert poller.stop() == 0, poller.log()
+        assert not self.look(), "delivered without a line"
+        self.runs.update(self.ended)
         self.inspect()
-        assert self.done == self.placed
+        assert self.done == self.placed == self.listed
         assert not hidden(self.home.orders) | hidden(self.home.folder)
         assert not self.home.files(), self.home.files()
+        once = Counter(self.placed)
+        assert self.runs == once + self.hit, f"run more often: {self.runs - once - self.hit}"
+
+
+def runs(process: psutil.Process) -> bool:
+    """A process that has ended may stay known, where nobody asks how it did."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def kills(folder: Path, number: int, seed: int, say: Callable[[str], None] = print) -> str:
@@ -150,10 +246,15 @@ def kills(folder: Path, number: int, seed: int, say: Callable[[str], None] = pri
             campaign.inspect()
             say(f"{count} of {number} kills, {len(campaign.done)} of {len(campaign.placed)} orders delivered")
         campaign.finish()
+    again = campaign.hit.total()
     return (
         f"{number} kills, seed {seed}: {len(campaign.placed)} orders, {campaign.bytes / 1e6:.0f} MB; "
         "none lost, all delivered, each file equal to what was served\n"
         + "\n".join(f"  {count} kills left {what}" for what, count in campaign.left.items())
+        + f"\n{campaign.runs.total()} times handed over, each order at least once; {again} times again:\n"
+        f"  {again - campaign.alone} times killed between the command's end and its line in the list\n"
+        f"  {campaign.alone} times killed while the command ran, which went on alone to its end\n"
+        f"  0 times for another reason, though {campaign.back} times a delivered order was brought back"
     )
 
 

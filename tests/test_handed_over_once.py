@@ -1,0 +1,473 @@
+"""Handed over once: whoever brings an order back, however often, ON_DONE gets no file a second time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import QUICK, Home, Running, eventually, find_program
+from test_editors import Terminal
+
+import db
+
+# Waits until a test lets this order's command go on.
+HELD = 'until [ -e "$FOLDER/go-$TASK_ID" ]; do sleep 0.05; done'
+BACK = r"had been delivered (?:and was|were) brought back, by hand or by a store; taken out\n"
+
+
+class Desk:
+    """ON_DONE counts its runs, as its last act; `begun` has the process of each."""
+
+    def __init__(self, home: Home) -> None:
+        self.home, self.grafx = home, home.grafx
+        self.place, self.list = home.folder / "command", home.folder / ".database.json.delivered"
+        home.env |= {"FOLDER": str(home.folder), "ON_DONE": shlex.quote(str(self.place))}
+        self.command()
+
+    def command(self, before: str = "", after: str = "") -> None:
+        """What it does before and after it counts this run."""
+        temp = self.home.folder / "new-command"
+        temp.write_text(
+            '#!/bin/sh\necho "$$ $TASK_ID" >>"$FOLDER/begun"\n'
+            f'{before}\necho "$TASK_ID" >>"$FOLDER/ended"\n{after}\n'
+        )
+        temp.chmod(0o755)
+        temp.replace(self.place)
+
+    def noted(self, name: str) -> list[str]:
+        file = self.home.folder / name
+        return file.read_text().splitlines() if file.exists() else []
+
+    def runs(self) -> Counter[str]:
+        """How often it came to its end, for each order."""
+        return Counter(self.noted("ended"))
+
+    def orders(self, number: int, **options: Any) -> list[str]:
+        """Finished ones, waiting in database.json."""
+        tasks = [self.grafx.add(**options) for _ in range(number)]
+        self.home.wait_for(*tasks, projectID="p1")
+        return tasks
+
+    def go(self, task_id: str) -> None:
+        (self.home.folder / f"go-{task_id}").touch()
+
+    def listed(self) -> list[str]:
+        """The orders of the list, a line each."""
+        return [line.split()[1] for line in self.list.read_text().splitlines()] if self.list.exists() else []
+
+    def downloads(self) -> Counter[str]:
+        return Counter(request.task_id for request in self.grafx.requests if request.what == "download")
+
+    def taken_out(self) -> None:
+        eventually(lambda: not ids(self.home.waiting()), "all is delivered and taken out")
+
+    def each_once(self, tasks: Iterable[str]) -> None:
+        """Each was asked about until it was there, fetched, handed over and noted, and all that once."""
+        once = dict.fromkeys(tasks, 1)
+        assert self.runs() == once
+        assert Counter(self.listed()) == once
+        assert self.downloads() == once
+        finished = Counter(request.task_id for request in self.grafx.requests if request.what == "task")
+        assert {task_id: finished[task_id] for task_id in once} == once
+
+
+def ids(orders: Any) -> set[str]:
+    """Of the poller's own shape, or the workshop's."""
+    return {task_id for task_id, _ in orders["value"]} if "dataType" in orders else set(orders)
+
+
+def back(running: Running) -> int:
+    """How many lines of the log say that something was brought back."""
+    return len(re.findall(BACK, running.log()))
+
+
+@pytest.fixture
+def desk(home: Home) -> Desk:
+    return Desk(home)
+
+
+# --- who brings them back --------------------------------------------------------------------
+
+
+class Store:
+    """The workshop's: reads the file once into a Map, and writes all of it back after each change."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.orders = path, dict[str, Any]()
+        self.save()
+
+    def order(self, task_id: str) -> None:
+        self.orders[task_id] = {"taskID": task_id, "projectID": "p1"}
+        self.save()
+
+    def save(self) -> None:
+        """As fs.writeFileSync does: the file is emptied first."""
+        value = [[task_id, fields] for task_id, fields in self.orders.items()]
+        text = json.dumps({"users": {}, "orders": {"dataType": "Map", "value": value}})
+        self.path.write_text(text)
+
+
+@pytest.mark.parametrize("number", [5, 200])
+def test_a_store_that_writes_back_what_it_remembers(desk: Desk, number: int) -> None:
+    home, store = desk.home, Store(desk.home.database)
+    running = home.start(before=QUICK)
+    tasks = []
+    for _ in range(number):
+        tasks.append(desk.grafx.add())
+        store.order(tasks[-1])  # saved with all before, delivered or not
+        time.sleep(0.01)
+    eventually(lambda: store.save() or time.sleep(0.3) or len(desk.runs()) == number, "all are handed over")
+    desk.taken_out()
+    said = back(running)
+    for _ in range(5):
+        store.save()
+        desk.taken_out()
+    assert running.stop() == 0
+    assert back(running) == said + 5  # one line for many
+    store.save()
+    running = home.start(before=QUICK)
+    desk.taken_out()
+    assert running.stop() == 0
+    assert re.findall(rf"(\d+) orders that {BACK}", running.log()) == [str(number)]
+    assert "Traceback" not in running.log()
+    desk.each_once(tasks)
+
+
+@pytest.mark.parametrize(
+    "bring_back",
+    [
+        'cat "$1" > "$2"',
+        'cp -p "$1" "$2"',
+        'cp "$1" new; mv new "$2"',
+        ': > "$2"; sleep 0.5; cat "$1" > "$2"',
+    ],
+    ids=["cat", "a backup", "an editor", "a slow one"],
+)
+def test_an_old_file(desk: Desk, bring_back: str) -> None:
+    """$1 is a copy of the time before, $2 the database."""
+    home = desk.home
+    tasks = desk.orders(3)
+    old = home.folder / "old.json"
+    old.write_bytes(home.database.read_bytes())
+    running = home.start(before=QUICK)
+    desk.taken_out()
+    for _ in range(2):
+        subprocess.run(["sh", "-ec", bring_back, "-", old, home.database], check=True, cwd=home.folder)
+        desk.taken_out()
+    assert running.stop() == 0
+    assert back(running) == 2
+    subprocess.run(["sh", "-ec", bring_back, "-", old, home.database], check=True, cwd=home.folder)
+    assert home.run("--once").process.returncode == 0
+    assert ids(home.waiting()) == set()
+    assert home.files() == sorted(f"{task_id}.png" for task_id in tasks)
+    desk.each_once(tasks)
+
+
+def test_one_that_is_brought_back_is_called_by_its_name(desk: Desk) -> None:
+    home = desk.home
+    (task_id,) = desk.orders(1)
+    running = home.start(before=QUICK)
+    desk.taken_out()
+    home.wait_for(task_id)
+    running.says(f"{task_id} had been delivered and was brought back, by hand or by a store; taken out\n")
+    desk.taken_out()
+    desk.each_once([task_id])
+
+
+def test_an_editor_that_was_open_all_the_while(desk: Desk) -> None:
+    home = desk.home
+    tasks = desk.orders(3)
+    editor = Terminal(find_program("vim", "vim"), "-u", "NONE", "-N", "-i", "NONE", "-n", str(home.database))
+    editor.shows('"orders"')
+    running = home.start(before=QUICK)
+    desk.taken_out()
+    for _ in range(2):
+        editor.type(":w!\r")
+        while "really" in editor.shows(r"written|really want to write"):
+            editor.type("y")
+        desk.taken_out()
+    editor.type(":q!\r")
+    editor.ends()
+    assert running.stop() == 0
+    assert back(running) == 2
+    desk.each_once(tasks)
+
+
+@pytest.mark.parametrize("seconds", [1.6, db.SAVING + 0.6])
+def test_a_file_that_is_moved_aside_and_back(desk: Desk, seconds: float) -> None:
+    """While the commands run: some end while there is no file, one when it is back."""
+    home = desk.home
+    desk.command(HELD)
+    *ended, late = tasks = desk.orders(4)
+    never = desk.grafx.add("never")
+    home.wait_for(*tasks, never)
+    running = home.start(before=QUICK)
+    eventually(lambda: len(desk.noted("begun")) == 4, "all commands run")
+    aside = home.database.rename(home.folder / "aside")
+    began = time.monotonic()
+    for task_id in ended:
+        desk.go(task_id)
+    eventually(lambda: sorted(desk.listed()) == sorted(ended), "noted without the file")
+    time.sleep(max(0.0, began + seconds - time.monotonic()))
+    aside.rename(home.database)
+    eventually(lambda: ids(home.waiting()) == {late, never}, "what was delivered is taken out")
+    desk.go(late)
+    eventually(lambda: ids(home.waiting()) == {never})
+    assert running.stop() == 0
+    assert desk.runs() == Counter(desk.listed()) == desk.downloads() == dict.fromkeys(tasks, 1)
+
+
+@pytest.mark.parametrize("what", ['rm "$ORDER_FILE"', 'mv "$ORDER_FILE" "$FOLDER/filed"'], ids=["rm", "mv"])
+def test_where_the_command_took_the_file_away(desk: Desk, what: str) -> None:
+    home = desk.home
+    desk.command(what)
+    tasks = desk.orders(3)
+    running = home.start(before=QUICK)
+    desk.taken_out()
+    home.wait_for(*tasks)
+    desk.taken_out()
+    assert running.stop() == 0
+    home.wait_for(*tasks)
+    assert home.run("--once").process.returncode == 0
+    assert (ids(home.waiting()), home.files()) == (set(), [])
+    desk.each_once(tasks)
+
+
+def test_once_and_again(desk: Desk) -> None:
+    home = desk.home
+    tasks = desk.orders(3)
+    for times in range(3):
+        home.wait_for(*tasks)
+        ended = home.run("--once")
+        assert ended.process.returncode == 0
+        assert ids(home.waiting()) == set()
+        assert re.findall(rf"(\d+) orders that {BACK}", ended.log()) == (["3"] if times else [])
+        desk.each_once(tasks)
+
+
+def test_several_pollers_with_a_database_each(desk: Desk) -> None:
+    """In one folder: each has a list of its own, by its database's name."""
+    home = desk.home
+    shares = {name: [desk.grafx.add() for _ in range(3)] for name in ("one.json", "two.json")}
+
+    def place() -> None:
+        for name, share in shares.items():
+            temp = home.folder / "new"
+            temp.write_text(json.dumps({"orders": share}))
+            temp.replace(home.folder / name)
+
+    def wait() -> None:
+        for name in shares:
+            file = home.folder / name
+            eventually(lambda file=file: not json.loads(file.read_bytes())["orders"], f"{name} is empty")
+
+    place()
+    for _ in range(2):
+        pollers = []
+        for name in shares:
+            env = {"DATABASE": str(home.folder / name), "ORDERS_DIR": str(home.folder / f"{name}.orders")}
+            pollers.append(home.start(before=QUICK, **env))
+        wait()
+        place()
+        wait()
+        assert [running.stop() for running in pollers] == [0, 0]
+    assert desk.runs() == desk.downloads() == {task_id: 1 for share in shares.values() for task_id in share}
+    for name, share in shares.items():
+        assert sorted(db.Deliveries(home.folder / name).path.read_text().split()[1::3]) == sorted(share)
+
+
+# --- killed ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["", 'mv "$ORDER_FILE" "$FOLDER/filed"'], ids=["kept", "mv"])
+def test_killed_before_it_ended_or_after_it_was_noted(desk: Desk, what: str) -> None:
+    """Anywhere but between the two: exactly one run. The command is killed along, as by systemd."""
+    home, grafx = desk.home, desk.grafx
+    tasks = desk.orders(3, size=300_000)
+    before = home.read()
+    desk.command(f"{HELD}\n{what}")
+    fault = grafx.fault("download", "hang", times=None)
+    running = home.start(before=QUICK)
+    eventually(lambda: desk.downloads().keys() == set(tasks), "all downloads have begun")
+    running.stop(signal.SIGKILL)
+
+    grafx.end_fault(fault)
+    running = home.start(before=QUICK)
+    eventually(lambda: len(desk.noted("begun")) == 3, "all commands run")
+    running.stop(signal.SIGKILL)
+    for line in desk.noted("begun"):
+        os.killpg(int(line.split()[0]), signal.SIGKILL)
+    assert (desk.runs(), desk.listed()) == ({}, [])
+    assert desk.downloads() == dict.fromkeys(tasks, 2)
+
+    for task_id in tasks:
+        desk.go(task_id)
+    with db.lock(home.database, "lock", 10):  # so that no order can leave the file
+        running = home.start(before=QUICK)
+        eventually(lambda: sorted(desk.listed()) == sorted(tasks), "noted")
+        running.stop(signal.SIGKILL)
+    assert home.read() == before
+
+    for _ in range(2):
+        running = home.start(before=QUICK)
+        desk.taken_out()
+        running.stop(signal.SIGKILL)
+        home.write(before)
+    assert home.run("--once").process.returncode == 0
+    assert ids(home.waiting()) == set()
+    assert desk.runs() == Counter(desk.listed()) == dict.fromkeys(tasks, 1)
+    assert desk.downloads() == dict.fromkeys(tasks, 2)  # with the first one, which came to nothing
+
+
+def test_killed_between_its_end_and_the_line(desk: Desk) -> None:
+    """The poller cannot know: it runs again, without a second download, and then no more."""
+    home = desk.home
+    desk.command(after=HELD)
+    (task_id,) = desk.orders(1)
+    running = home.start(before=QUICK)
+    eventually(lambda: desk.runs() == {task_id: 1}, "the command has done its work")
+    running.process.send_signal(signal.SIGSTOP)
+    os.waitpid(running.process.pid, os.WUNTRACED)  # so the poller learns nothing of its end
+    desk.go(task_id)
+    command = psutil.Process(int(desk.noted("begun")[0].split()[0]))
+    eventually(lambda: command.status() == psutil.STATUS_ZOMBIE, "the command has ended")
+    running.stop(signal.SIGKILL)
+    assert (desk.runs(), desk.listed()) == ({task_id: 1}, [])
+    desk.command()
+    before = home.read()
+    for _ in range(2):
+        running = home.start(before=QUICK)
+        desk.taken_out()
+        running.stop(signal.SIGKILL)
+        home.write(before)
+    assert desk.runs() == {task_id: 2}
+    assert desk.listed() == [task_id]
+    assert desk.downloads() == {task_id: 1}
+
+
+# --- on purpose ------------------------------------------------------------------------------
+
+
+def test_a_retry_beside_the_running_poller(desk: Desk) -> None:
+    """It is noticed with the next look, and the file that is still there is handed over."""
+    home = desk.home
+    (task_id,) = desk.orders(1)
+    running = home.start(POLL_INTERVAL="3600")
+    desk.taken_out()
+    for times in range(2, 4):
+        again = home.db("retry", task_id)
+        began = time.monotonic()
+        assert (again.returncode, again.stdout) == (0, "1 order will be asked about again\n")
+        eventually(lambda times=times: desk.runs() == {task_id: times}, "it is handed over again", 10)
+        took = time.monotonic() - began
+        desk.taken_out()
+        assert took < 5  # about a second, and not POLL_INTERVAL
+    home.wait_for(task_id)  # not on purpose
+    desk.taken_out()
+    assert running.stop() == 0
+    assert back(running) == 1
+    assert desk.runs() == {task_id: 3}
+    assert desk.downloads() == {task_id: 1}
+    assert [line.split()[2] for line in desk.list.read_text().splitlines()] == [
+        *[f"{task_id}.png", "-"] * 2,
+        f"{task_id}.png",
+    ]
+
+
+def test_a_retry_where_the_file_is_gone_fetches_it_again(desk: Desk) -> None:
+    home = desk.home
+    desk.command('rm "$ORDER_FILE"')
+    (task_id,) = desk.orders(1)
+    assert home.run("--once").process.returncode == 0
+    assert home.db("retry", task_id).returncode == 0
+    assert ids(home.waiting()) == {task_id}
+    assert home.run("--once").process.returncode == 0
+    assert desk.runs() == desk.downloads() == {task_id: 2}
+    home.wait_for(task_id)
+    assert home.run("--once").process.returncode == 0
+    assert desk.runs() == desk.downloads() == {task_id: 2}
+
+
+def test_adding_a_delivered_order(desk: Desk) -> None:
+    home = desk.home
+    (task_id,) = desk.orders(1)
+    assert home.run("--once").process.returncode == 0
+    added = home.db("add", task_id)
+    when = desk.list.read_text().split()[0]
+    assert added.returncode == 1
+    assert added.stderr == (
+        f"db.py: {task_id} was delivered at {when}, as {task_id}.png."
+        f" To have it again: python db.py retry {task_id}\n"
+    )
+    assert db.add_order(task_id, path=home.database) is False
+    assert ids(home.waiting()) == set()
+    assert home.run("--once").process.returncode == 0
+    desk.each_once([task_id])
+
+
+# --- without the list ------------------------------------------------------------------------
+
+
+def test_without_the_list_it_works_and_says_so_once(desk: Desk) -> None:
+    """There was none yet, or somebody takes it away while it runs."""
+    home = desk.home
+    tasks = desk.orders(2)
+    running = home.start(before=QUICK)
+    desk.taken_out()
+    desk.list.unlink()
+    more = desk.grafx.add()
+    home.wait_for(tasks[0], more)
+    running.says(f"{desk.list} was taken away: what was delivered before counts as never delivered")
+    desk.taken_out()
+    home.wait_for(tasks[0], more)
+    desk.taken_out()
+    assert running.stop() == 0
+    assert running.log().count(str(desk.list)) == 1
+    assert re.search(r"GraFx order poller .*: 2 waiting, .* 0 delivered\n", running.log())
+    assert desk.runs() == {tasks[0]: 2, tasks[1]: 1, more: 1}
+    assert set(desk.downloads().values()) == {1}  # its file was in orders
+    assert sorted(desk.listed()) == sorted([tasks[0], more])
+
+
+def test_with_rubbish_in_the_list_it_works_and_says_so_once(desk: Desk) -> None:
+    home = desk.home
+    first, second = desk.orders(2)
+    rubbish = b"\xff\xfe\0\n{}\n" + f"2026-01-01T00:00:00Z\n{second}\n".encode()
+    desk.list.write_bytes(rubbish + f"2026-01-01T00:00:00Z {first} {first}.png\n".encode() + rubbish)
+    for _ in range(2):
+        home.wait_for(first, second)
+        running = home.start(before=QUICK)
+        desk.taken_out()
+        home.wait_for(first, second)
+        desk.taken_out()
+        assert running.stop() == 0
+        assert running.log().count("lines that speak of no delivery are passed over") == 1
+        assert "Traceback" not in running.log()
+    assert desk.runs() == desk.downloads() == {second: 1}
+    assert desk.list.read_bytes().startswith(rubbish)
+
+
+def test_a_line_that_was_cut_off_is_no_line(desk: Desk) -> None:
+    """The last one, as by a power cut before its fsync; the next one stands apart from it."""
+    home = desk.home
+    first, second = desk.orders(2)
+    desk.list.write_text(
+        "".join(f"2026-01-01T00:00:00Z {name} {name}.png\n" for name in (first, second))[:-1]
+    )
+    for _ in range(2):
+        home.wait_for(first, second)
+        assert home.run("--once").process.returncode == 0
+        assert ids(home.waiting()) == set()
+    assert desk.runs() == desk.downloads() == {second: 1}
+    assert desk.listed() == [first, second, second]

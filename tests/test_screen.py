@@ -1,0 +1,216 @@
+"""What a person sees in a terminal: the live line at any width, colours, and one that is held by Ctrl-S."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import select
+import signal
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyte
+import pytest
+from conftest import QUICK, Home, eventually, find_program
+
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+
+
+class Terminal:
+    """A terminal of so many columns, with the poller in it."""
+
+    def __init__(self, home: Home, columns: int, before: str = QUICK, *arguments: str, **env: str) -> None:
+        self.picture = pyte.Screen(columns, 24)
+        self.stream = pyte.ByteStream(self.picture)
+        self.raw = b""
+        self.ours, its = os.openpty()
+        fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.process = subprocess.Popen(
+            home.command(*arguments, before=before), env=home.environment(TERM="xterm", **env),
+            stdin=its, stdout=subprocess.DEVNULL, stderr=its, start_new_session=True,
+        )  # fmt: skip
+        os.close(its)
+
+    def look(self) -> list[str]:
+        """The lines that are to be seen now."""
+        while select.select([self.ours], [], [], 0.05)[0]:
+            try:
+                data = os.read(self.ours, 65536)
+            except OSError:  # the other side is closed
+                break
+            self.raw += data
+            self.stream.feed(data)
+        return [line for line in (line.rstrip() for line in self.picture.display) if line]
+
+    def live(self) -> str:
+        """The live line."""
+        return (self.look() or [""])[-1]
+
+    def shows(self, pattern: str) -> str:
+        """Wait for a live line that begins so; it never fills the last column."""
+
+        def look() -> str:
+            line = self.live()
+            assert len(line) < self.picture.columns or re.match(STAMP, self.look()[-2]), line
+            return line if re.match(pattern, line) else ""
+
+        try:
+            line: str = eventually(look, pattern)
+        except AssertionError:
+            raise AssertionError(f"no {pattern!r} in:\n" + "\n".join(self.look())) from None
+        return line
+
+    def end(self, how: int = signal.SIGTERM) -> int:
+        """Stop the poller, and give its exit code."""
+        self.process.send_signal(how)
+        eventually(lambda: (self.look(), self.process.poll() is not None)[1], "the end")
+        return self.process.wait()
+
+
+@pytest.fixture
+def terminal(home: Home) -> Iterator[Callable[..., Terminal]]:
+    made: list[Terminal] = []
+
+    def make(*arguments: Any, **env: str) -> Terminal:
+        made.append(Terminal(home, *arguments, **env))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.process.kill()
+        one.process.wait()
+        os.close(one.ours)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_a_render_a_download_and_an_outage(
+    home: Home, terminal: Callable[..., Terminal], columns: int
+) -> None:
+    """What matters most stands first, so 40 columns have it too."""
+    grafx = home.grafx
+    slow = grafx.add(size=200_000, task_id="5107ab1e-slow")
+    grafx.fault("download", "slow", rate=25_000)
+    home.wait_for(*(grafx.add("never") for _ in range(3)), "no-such-task", slow)
+    shown = terminal(columns, "poller.SHORTEST_PAUSE = 60; poller.PROGRESS = 0.1", POLL_INTERVAL="60")
+
+    line = shown.shows(r"5107ab1e \d+% of 200\.\d kB, \d+\.\d kB/s")
+    assert columns == 40 or "kB/s | 3 rendering, 1 downloading, 1 failing" in line
+    percent = int(line.split()[1].rstrip("%"))
+    eventually(lambda: int(re.findall(r"^\S+ (\d+)%", shown.live())[0]) > percent, "the download moves")
+
+    line = shown.shows(r"3 rendering, 1 failing \| asks in \d+ s \|")
+    assert columns == 40 or re.search(r"last delivery \d\d:\d\d:\d\d$", line)
+    seconds = int(line.split("asks in ")[1].split()[0])
+    eventually(lambda: int(shown.live().split("asks in ")[1].split()[0]) < seconds, "it counts down")
+    assert shown.end() == 0
+    assert "".join(shown.look()).endswith("stopped, 4 waiting")
+    assert b"downloading:" not in shown.raw  # that is a line of the log where there is no live line
+
+    shown = terminal(columns, "poller.SHORTEST_PAUSE = 60", POLL_INTERVAL="60", BASEURL="http://127.0.0.1:1")
+    line = shown.shows(r"again in \d+ s: GraFx is unreachable: 1")
+    if columns > 40:
+        assert ": 127.0.0.1: Connection refused | " in line
+    if columns > 80:
+        assert line.endswith("Connection refused | 3 new, 1 failing")
+
+
+def test_one_order_that_is_stuck_hides_nothing(home: Home, terminal: Callable[..., Terminal]) -> None:
+    home.wait_for(home.grafx.add("never"), home.grafx.add(link="http://127.0.0.1:1/file"))
+    shown = terminal(80)
+    shown.shows(r"1 rendering, 1 stuck \| asks in \d+ s \| 1 stuck: the download's server is unr")
+
+
+def test_letters_that_are_wide_do_not_break_the_line(home: Home, terminal: Callable[..., Terminal]) -> None:
+    """Each takes two columns; a line that breaks leaves a copy of itself each time."""
+    home.wait_for(home.grafx.add())
+    shown = terminal(100, QUICK, ON_DONE=f"sh -c 'echo {'没有纸' * 20}; exit 1'")
+    shown.shows(r"1 not handed over \| asks in \d+ s \| 1 stuck: ON_DONE ended")
+    for _ in range(20):
+        lines = shown.look()
+        assert len([line for line in lines if line.startswith("1 not")]) == 1, lines
+
+
+def test_a_terminal_that_is_made_narrower_has_no_copies(home: Home, tmp_path: Path) -> None:
+    """Tmux breaks a line that has become too long, as most terminals do."""
+    tmux = [find_program("tmux", "tmux", "a terminal that is made narrower"), "-S", str(tmp_path / "tmux")]
+
+    def run(*words: str) -> str:
+        env = home.environment(
+            TERM="xterm", TERMINFO_DIRS="/lib/terminfo:/usr/share/terminfo", SHELL="/bin/sh"
+        )
+        done = subprocess.run(
+            [*tmux, *words], env=env, check=True, capture_output=True, text=True, cwd=tmp_path
+        )
+        return done.stdout
+
+    def copies(pattern: str) -> int:
+        return sum(pattern in line for line in run("capture-pane", "-pJ", "-S", "-").splitlines())
+
+    home.wait_for(*(home.grafx.add("never") for _ in range(3)), *(f"no-such-task-{n}" for n in range(3)))
+    run("-f", os.devnull, "new-session", "-d", "-x", "100", "-y", "20", *home.command(before=QUICK))
+    try:
+        eventually(lambda: copies("asks in") == 1, "the live line")
+        tty = os.open(run("display-message", "-p", "#{pane_tty}").strip(), os.O_RDWR | os.O_NOCTTY)
+        for width in (61, 39, 33, 20, 58, 31, 100, 24):
+            run("resize-window", "-x", str(width))  # tmux tells its programs a little later
+            eventually(lambda width=width: os.get_terminal_size(tty).columns == width)
+            home.wait_for(*home.waiting(), task_id := home.grafx.add())  # a line of the log
+            eventually(lambda task_id=task_id: copies(f"{task_id} delivered") == 1, task_id)
+            eventually(lambda: copies("3 rendering") == 1, f"one line at {width} columns")
+        os.close(tty)
+    finally:
+        run("kill-server")
+
+
+def test_colours(home: Home, terminal: Callable[..., Terminal]) -> None:
+    """Of errors, warnings and deliveries, and only where they are wanted."""
+    home.wait_for(home.grafx.add(), home.grafx.add("expired"), "no-such-task", "..")
+    for env in ({}, {"NO_COLOR": ""}, {"NO_COLOR": "1"}):
+        shown = terminal(200, QUICK, "--once", **env)
+        shown.process.wait(60)
+        shown.look()
+        # From the second time on there is only what still waits.
+        coloured = re.findall(r"\x1b\[(\d+)m" + STAMP + r"(\w+) +(.*)\x1b\[0m", shown.raw.decode())
+        if env.get("NO_COLOR"):
+            assert coloured == []
+            assert b"m20" not in shown.raw
+            assert b"WARNING" in shown.raw
+        elif not env:
+            found = {(colour, level, text.split()[1].strip(":,")) for colour, level, text in coloured}
+            assert found == {
+                ("32", "INFO", "delivered"), ("31", "ERROR", "failed"),
+                ("33", "WARNING", "refused"), ("33", "WARNING", "task"),
+            }  # fmt: skip
+        else:
+            assert {level for _, level, _ in coloured} == {"WARNING"}
+
+
+def test_ctrl_s_holds_up_neither_deliveries_nor_the_stop(
+    home: Home, terminal: Callable[..., Terminal]
+) -> None:
+    home.wait_for(home.grafx.add("never"))
+    shown = terminal(80)
+    shown.shows("1 rendering")
+    os.write(shown.ours, b"\x13")
+    shown.look()
+    seen = len(shown.raw)
+    new = [home.grafx.add() for _ in range(20)]
+    home.wait_for(*new, *home.waiting())
+    eventually(lambda: len(home.waiting()) == 1, "deliveries")
+    shown.look()
+    assert len(shown.raw) == seen  # it is really held
+    os.write(shown.ours, b"\x11")  # Ctrl-Q: all of it comes, and the line as it is now
+    eventually(lambda: (shown.look(), shown.raw.count(b" delivered: ") == 20)[1])
+    shown.shows("1 rendering .* last delivery")
+    os.write(shown.ours, b"\x13")
+    time.sleep(1)
+    began = time.monotonic()
+    shown.process.send_signal(signal.SIGTERM)
+    assert shown.process.wait(30) == 0
+    assert time.monotonic() - began < 10
