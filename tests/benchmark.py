@@ -1,6 +1,6 @@
 """How fast the poller is, beside what one would have without it. Prints one table.
 
-    python tests/benchmark.py                 all of it, in about twelve minutes
+    python tests/benchmark.py                 all of it, in about ten minutes
     python tests/benchmark.py --quick         a smoke test: smaller, and one run of each
     python tests/benchmark.py --only large    only that part; more than one may be given
 
