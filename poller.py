@@ -783,7 +783,7 @@ class Poller:
     def hear_answers(self) -> None:
         """Wait for an answer, but no longer than to the next order due, the next look, the next live line."""
         now = time.monotonic()
-        until = now + (0.2 if self.telling.screen.terminal and self.asking else db.LOOK)
+        until = now + self.telling.tick()
         if self.ready and len(self.asking) < self.settings.concurrency:
             until = min(until, max(self.waiting.first(), now + self.outage.pause()))
         with contextlib.suppress(queue.Empty):
@@ -981,10 +981,14 @@ class Telling:
             for order in orders:
                 log.info("%s %s, project %s", order.task_id, what, order.project or "not given")
 
+    def tick(self) -> float:
+        """Seconds between two looks at what there is to tell."""
+        return min(db.LOOK, 0.2) if self.screen.terminal else db.LOOK
+
     def tell(self, poller: Poller) -> None:
-        """Once a second, in a terminal five times while something is under way."""
+        """What changed since the last tick."""
         now = time.monotonic()
-        if not poller.ready or now < self.told + (0.2 if self.screen.terminal and poller.asking else db.LOOK):
+        if not poller.ready or now < self.told + self.tick():
             return
         ready, self.told = "" if self.told else "READY=1\n", now
         poller.troubles.tell()
