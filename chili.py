@@ -10,7 +10,8 @@ Requests makes the pools of connections, by the proxies and certificates that th
 and cleans addresses. The pools themselves are asked directly: a question costs 0.17 ms that way, 0.32
 by `HTTPAdapter.send` and 0.57 by `Session.get` (CPU of one thread). So this leans on some of urllib3 that
 requests does not pin: `urlopen` and `ConnectionCls` of a pool, `response_class` of a connection,
-`length_remaining`, `chunked`, `drain_conn` and `release_conn` of a response.
+`length_remaining`, `chunked`, `drain_conn` and `release_conn` of a response; and on two private steps of
+`http.client.HTTPResponse`, `_read_status` and `_close_conn`, see `_FinalResponse`.
 """
 
 from __future__ import annotations
