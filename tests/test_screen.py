@@ -94,8 +94,8 @@ def test_a_render_a_download_and_an_outage(
 ) -> None:
     """What matters most stands first, so 40 columns have it too."""
     grafx = home.grafx
-    slow = grafx.add(size=150_000, task_id="5107ab1e-slow")
-    grafx.fault("download", "slow", rate=25_000)
+    slow = grafx.add(size=200_000, task_id="5107ab1e-slow")
+    grafx.fault("download", "slow", rate=35_000)
     home.wait_for(*(grafx.add("never") for _ in range(3)), "no-such-task", slow)
     shown = terminal(columns, "poller.SHORTEST_PAUSE = 60; poller.PROGRESS = 0.1", POLL_INTERVAL="60")
 
