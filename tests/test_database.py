@@ -66,7 +66,7 @@ def turns(database: db.Database, seconds: float, soon: bool = True) -> db.Store 
 
 
 def too_soon(database: db.Database) -> db.Store | None:
-    """Let the loop turn while SAVING cannot be over, however slow the machine is; the last that it was told."""
+    """Let the loop turn while SAVING cannot be over, however slow the machine is."""
     saving, db.SAVING = db.SAVING, 600.0
     try:
         return turns(database, saving / 2)
