@@ -189,6 +189,14 @@ def load_settings() -> Settings:
     return Settings(**found)
 
 
+def environment_of(settings: Settings) -> chili.GraFx:
+    """The environment of GraFx that the settings speak of."""
+    return chili.GraFx(
+        settings.baseurl, settings.environment, settings.token_url,
+        settings.server_id, settings.server_secret, settings.concurrency,
+    )  # fmt: skip
+
+
 def add_secret(given: dict[str, str]) -> None:
     """What SERVER_SECRET_FILE names becomes SERVER_SECRET. Raises ValueError."""
     if "SERVER_SECRET_FILE" not in given:
@@ -659,10 +667,7 @@ class Poller:
 
     def __init__(self, settings: Settings, screen: Screen, lock: TextIO, once: bool = False) -> None:
         self.settings, self.once = settings, once
-        self.grafx = chili.GraFx(
-            settings.baseurl, settings.environment, settings.token_url,
-            settings.server_id, settings.server_secret, settings.concurrency,
-        )  # fmt: skip
+        self.grafx = environment_of(settings)
         self.database = db.Database(settings.database, once)
         # An order is in exactly one of these two, until it has ended: then it is an outcome in `database`.
         self.waiting = Waiting()
@@ -1043,9 +1048,7 @@ class Telling:
 
 def check(settings: Settings) -> int:
     """Try all that the poller needs, and say what is fine and what is not; returns the exit code."""
-    grafx = chili.GraFx(
-        settings.baseurl, settings.environment, settings.token_url, settings.server_id, settings.server_secret
-    )
+    grafx = environment_of(settings)
 
     def database() -> str:
         with db.lock(settings.database, "lock", db.PATIENCE):  # as it has to be written
