@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import trustme
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -38,6 +39,22 @@ WATCH = (
 REPORTS: list[str] = []  # what tests want to be printed at the end
 
 PATIENCE = 30.0  # seconds: how long a busy machine may take for anything
+
+
+# Files whose tests share what is slow to make; with pytest-xdist each of them is one process's.
+TOGETHER = ("test_faults.py", "test_machine.py", "test_readme.py", "test_systemd.py")
+
+
+class OneByOne(LoadScopeScheduling):
+    """Tests run side by side as they come, whatever file they are in, but those of TOGETHER."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if file.endswith(TOGETHER) else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneByOne:
+    return OneByOne(config, log)
 
 
 @pytest.hookimpl(optionalhook=True)

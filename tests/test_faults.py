@@ -198,7 +198,7 @@ class Row:
         return grafx.fault(self.place, self.fault, times=times, task_id=task_id, **options)
 
     def look(self, home: Home, since: int = 0, name: str | None = None) -> None:
-        self.came, self.came_beside = outcome(home, self.order), outcome(home, self.beside)
+        self.came, self.came_beside = outcome(home, self.order), outcome(home, self.beside, False)
         requests = home.grafx.requests[since:]
         self.requests_beside = [request for request in requests if request.task_id == self.beside]
         if self.place == "token":
@@ -217,12 +217,13 @@ def now(grafx: Sandbox, options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def outcome(home: Home, task_id: str) -> str:
+def outcome(home: Home, task_id: str, written: bool = True) -> str:
+    """Where not `written`, a delivered order may still stand in the file, which is written when it suits."""
     if record := home.failed().get(task_id):
         return f"failed: {record['status']} {record['error']}"
-    if task_id in home.waiting():
+    file, waits = home.orders / f"{task_id}.png", task_id in home.waiting()
+    if waits and (written or not file.exists()):
         return "waiting"
-    file = home.orders / f"{task_id}.png"
     if not file.exists():
         return "LOST"
     return "delivered" if file.read_bytes() == home.grafx.body(task_id) else "WRONG FILE"
