@@ -429,11 +429,11 @@ def take_note(lock: TextIO, note: str) -> None:
         os.write(lock.fileno(), f"{os.getpid()} {note}\n".encode())  # unbuffered: nothing is left for close
 
 
-def _change(path: Path, edit: Callable[[Store], bool], patience: float = PATIENCE) -> bool:
+def _change(path: Path, edit: Callable[[Store], bool]) -> bool:
     """Take the lock and rewrite; whether that changed something."""
     watch = Watch(path)  # before there is a lock: then a file was never there
-    with lock(path, "lock", patience):
-        _, changed = _rewrite(watch, edit, patience)
+    with lock(path, "lock", PATIENCE):
+        _, changed = _rewrite(watch, edit, PATIENCE)
     return changed
 
 
@@ -862,20 +862,8 @@ def add_order(task_id: str, project_id: str | None = None, path: Path | None = N
 
 
 def remove_order(task_id: str, path: Path | None = None) -> None:
-    """Take a delivered order out."""
-    end_orders([task_id], {}, path)
-
-
-def end_orders(
-    delivered: Iterable[str], failed: Failures, path: Path | None = None, patience: float = PATIENCE
-) -> None:
-    """Take delivered orders out and move failed ones under "failed", all in one write.
-
-    What somebody took out meanwhile stays out. Where DatabaseError is raised, nothing has changed.
-    patience: seconds to wait for the lock.
-    """
-    delivered = list(delivered)  # `_end` may be called twice
-    _change(_real(path), lambda store: _end(store, delivered, failed), patience)
+    """Take an order out, where it still waits."""
+    _change(_real(path), lambda store: _end(store, [task_id], {}))
 
 
 def retry_orders(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Home, git
+from conftest import ROOT, Home, end_orders, git
 
 import db
 
@@ -116,7 +116,7 @@ def test_each_shape_is_read_and_written_back_as_it_came(path: Path, shape: str) 
 def test_a_failed_order_keeps_its_fields_and_comes_back_as_it_was(path: Path, shape: str) -> None:
     make = SHAPES[shape]
     save(path, around(make(C, A)))
-    db.end_orders([], {A: (500, "No such item")}, path)
+    end_orders([], {A: (500, "No such item")}, path)
     data = json.loads(path.read_text())
     assert list(data) == list(around(0))
     assert data["orders"] == make(C)
@@ -137,7 +137,7 @@ def test_each_order_has_a_line_of_its_own(path: Path, shape: str) -> None:
     save(
         path, json.dumps({"users": [1], "orders": SHAPES[shape](A, B, C, "d"), "failing": {B: {"times": 1}}})
     )
-    db.end_orders([A], {C: (500, "no\nsuch")}, path)
+    end_orders([A], {C: (500, "no\nsuch")}, path)
     text = path.read_text()
     assert text == pretty(json.loads(text))
     assert "\n    " + '"users": [\n        1\n    ]' in text
@@ -158,7 +158,7 @@ def test_an_order_that_ends_takes_its_refusals_along(path: Path) -> None:
     db.remove_order(A, path)
     assert list(json.loads(path.read_text())["failing"]) == [B, "note"]  # in the order that it had
     save(path, {"orders": [A, B, C], "failing": {A: refusal, B: refusal}})
-    db.end_orders([A], {B: (500, "")}, path)
+    end_orders([A], {B: (500, "")}, path)
     assert "failing" not in json.loads(path.read_text())
 
 
@@ -183,7 +183,7 @@ def test_a_record_that_a_person_typed_comes_back_under_its_id_with_all_its_field
         assert store.orders.keys() - {"x"} == {A}
         assert {"taskID": A, **store.orders[A]} == {"taskID": A, **own}
         assert store.failed == {}
-        db.end_orders([], {A: (404, "no")}, path)
+        end_orders([], {A: (404, "no")}, path)
 
 
 def test_a_retry_adds_to_what_waits_already(path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_retry_by_time_and_status(path: Path) -> None:
 def test_fields_that_are_called_like_those_of_a_record_are_not_lost(path: Path) -> None:
     fields = {"projectID": "p", "status": "rush", "error": "none yet", "failed": 0, "order": [7]}
     save(path, {"orders": {A: fields}})
-    db.end_orders([], {A: (404, "gone")}, path)
+    end_orders([], {A: (404, "gone")}, path)
     record = json.loads(path.read_text())["failed"][A]
     assert (record["status"], record["error"]) == (404, "gone")
     db.retry_orders(None, path)
@@ -316,7 +316,7 @@ def test_what_cannot_be_kept_is_refused_and_left_as_it_is(path: Path, content: A
     for change in (
         lambda: db.get_orders(path),
         lambda: db.add_order(A, path=path),
-        lambda: db.end_orders([A], {B: (500, "")}, path),
+        lambda: end_orders([A], {B: (500, "")}, path),
         lambda: db.retry_orders(None, path),
     ):
         with pytest.raises(db.DatabaseError, match=re.escape(said)) as raised:
@@ -336,7 +336,7 @@ def test_an_entry_that_is_no_task_id_stays_and_is_no_order(path: Path, shape: st
     store = db.read(path)
     assert list(store.orders) == [A, longest]
     assert len(store.strange) == len(STRANGE)
-    db.end_orders([A], dict.fromkeys(STRANGE, (500, "")), path)
+    end_orders([A], dict.fromkeys(STRANGE, (500, "")), path)
     db.remove_order(longest, path)
     assert path.read_text() == pretty(around(make(*STRANGE)))
 
@@ -392,7 +392,7 @@ def test_only_what_changes_is_written(path: Path) -> None:
     before = path.stat().st_ino, path.read_bytes()
     db.add_order(A, path=path)
     db.remove_order(B, path)
-    db.end_orders([B], {C: (500, "")}, path)
+    end_orders([B], {C: (500, "")}, path)
     db.retry_orders(None, path)
     assert (path.stat().st_ino, path.read_bytes()) == before
     seen = db.version(path)
@@ -490,7 +490,7 @@ def test_what_an_editor_saves_meanwhile_is_kept(path: Path, monkeypatch: pytest.
             path.write_text(json.dumps({"orders": [A, "typed"], "mine": 1}))
 
     spy_on_fsync(monkeypatch, edit)
-    db.end_orders([A], {}, path)
+    end_orders([A], {}, path)
     assert json.loads(path.read_text()).items() >= {"orders": ["typed"], "mine": 1}.items()
 
 
@@ -532,8 +532,6 @@ def test_a_half_saved_file_is_known_with_any_clock(path: Path, half: bytes, ahea
     os.utime(path, (time.time() + ahead,) * 2)
     with pytest.raises(db.HalfSaved):
         db.read(path, patience=0)
-    with pytest.raises(db.HalfSaved):
-        db.end_orders([A], {}, path, patience=0)
     begun = time.monotonic()
     with pytest.raises(db.DatabaseError) as raised:
         db.read(path)
@@ -693,7 +691,7 @@ def test_the_commands_of_db_py(home: Home) -> None:
         B: None,
     }
 
-    db.end_orders([], {A: (500, "Invalid value: it has\nno 'XXL'"), B: (404, "Not Found")}, home.database)
+    end_orders([], {A: (500, "Invalid value: it has\nno 'XXL'"), B: (404, "Not Found")}, home.database)
     db.add_order(C, "p3", home.database)
     data = home.read()
     data["orders"]["not an id"] = {}
