@@ -103,11 +103,6 @@ def settings() -> dict[str, str]:
     return {name: value for name, value in (*file.items(), *os.environ.items()) if value}
 
 
-def default_path() -> Path:
-    """DATABASE of the settings, else `database.json`; beside this file, wherever one calls from."""
-    return HERE / settings().get("DATABASE", "database.json")
-
-
 def mend(error: OSError) -> str:
     """What to do about a file that cannot be made, read or written."""
     mends = {errno.ENOENT: "Make the folder.", errno.ENOSPC: "Make room.", errno.EDQUOT: "Make room."}
@@ -833,7 +828,9 @@ class Database:
 
 
 def _real(path: Path | None) -> Path:
-    return Path(os.path.realpath(path or default_path()))  # a symbolic link stays one
+    """`path`, else DATABASE of the settings, beside this file wherever one calls from."""
+    path = path or HERE / settings().get("DATABASE", "database.json")
+    return Path(os.path.realpath(path))  # a symbolic link stays one
 
 
 def get_orders(path: Path | None = None) -> dict[str, Fields]:
