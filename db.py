@@ -372,12 +372,9 @@ def _patiently(step: Callable[[], Given], patience: float) -> Given:
         time.sleep(0.01)
 
 
-def read(path: Path, patience: float = PATIENCE) -> Store:
-    """Read the file; a missing one is an empty store.
-
-    patience: seconds to look again while it may be half saved; HalfSaved where they end.
-    """
-    return _patiently(Watch(path).read, patience)
+def read(path: Path) -> Store:
+    """Read the file; a missing one is an empty store. What may be half saved is waited for."""
+    return _patiently(Watch(path).read, PATIENCE)
 
 
 @contextlib.contextmanager

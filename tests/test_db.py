@@ -500,7 +500,7 @@ def test_a_file_that_an_editor_is_just_saving_is_waited_for(path: Path, half: by
     with path.open("wb", buffering=0) as file:
         file.write(half)
         with pytest.raises(db.HalfSaved):
-            db.read(path, patience=0)
+            db.Watch(path).read()
         change = threading.Thread(target=db.remove_order, args=(B, path))
         change.start()
         for piece in range(len(half), len(whole)):  # slower in all than SAVING, but never still for that long
@@ -531,7 +531,7 @@ def test_a_half_saved_file_is_known_with_any_clock(path: Path, half: bytes, ahea
     save(path, half)
     os.utime(path, (time.time() + ahead,) * 2)
     with pytest.raises(db.HalfSaved):
-        db.read(path, patience=0)
+        db.Watch(path).read()
     begun = time.monotonic()
     with pytest.raises(db.DatabaseError) as raised:
         db.read(path)
