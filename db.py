@@ -77,7 +77,6 @@ class Store:
     items: Any  # of `data`, the object or list that holds the orders
     orders: dict[str, Fields]
     strange: list[str]  # entries that are no order, each in one line
-    version: Version  # of the file it was read from, see `version`
 
     @property
     def failing(self) -> dict[str, Fields]:
@@ -208,13 +207,13 @@ def _own(task_id: str, fields: Fields) -> Fields:
     return {key: value for key, value in fields.items() if key != "taskID"}
 
 
-def _store(data: Fields, version: Version) -> Store:
+def _store(data: Fields) -> Store:
     items = data.setdefault("orders", {})
     if isinstance(items, dict) and items.get("dataType") == "Map":
         items = items["value"] if isinstance(items.get("value"), list) else None
     if not isinstance(items, (dict, list)):
         raise ValueError('"orders" must be an object, a list, or {"dataType": "Map", "value": [ … ]}')
-    store = Store(data, items, {}, [], version)
+    store = Store(data, items, {}, [])
     for item in items.items() if isinstance(items, dict) else items:
         task_id, fields = _entry(item)
         if task_id is None:
@@ -349,11 +348,11 @@ class Watch:
             if self.there and young:
                 raise HalfSaved(f"{self.path} was there and is missing. Put it back.")
             self.there = False
-            return _store({"orders": {}, "failed": {}}, None)
+            return _store({"orders": {}, "failed": {}})
         self.there = True
         if not self.problem:
             try:
-                return _store(_parse(raw), seen)
+                return _store(_parse(raw))
             except (ValueError, RecursionError) as error:
                 what = "it is nested too deeply" if isinstance(error, RecursionError) else error
                 self.problem = f"{self.path}: {what}. {LEFT}"
@@ -435,13 +434,13 @@ def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> tu
         store = _patiently(watch.read, patience)
         if not edit(store):
             return store, False
-        watch.seen = ()  # until it is written, nobody knows what was read
+        seen, watch.seen = watch.seen, ()  # until it is written, nobody knows what was read
         try:
-            written = _replace(watch.path, _text(store), store.version)
+            written = _replace(watch.path, _text(store), seen)
         except RecursionError:
             raise DatabaseError(f"{watch.path}: it is nested too deeply. {LEFT}") from None
         if written:
-            watch.seen = store.version = written
+            watch.seen = written
             watch.there = True
             return store, True
 

@@ -396,7 +396,7 @@ def test_only_what_changes_is_written(path: Path) -> None:
     db.retry_orders(None, path)
     assert (path.stat().st_ino, path.read_bytes()) == before
     seen = db.version(path)
-    assert db.version(path) == seen == db.read(path).version
+    assert db.version(path) == seen
     db.add_order(B, path=path)
     assert db.version(path) != seen
     assert db.version(path.with_name("none")) is None
