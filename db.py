@@ -316,19 +316,17 @@ class Watch:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seen: Version = ()  # as it was at the last look
-        self.since = 0.0  # when it was seen like that for the first time
-        # Whether there was a file that is missed; where there is a lock, somebody wrote one.
-        self.there = _beside(path, "lock").exists()
+        # As it was at the last look. Where there is a lock, there was a file, and it is missed.
+        self.seen: Version = () if _beside(path, "lock").exists() else None
+        self.since = -math.inf  # when it was seen like that for the first time
         self.problem = ""  # with what was seen: a broken file is parsed again only when it changed
 
     def changed(self) -> bool:
         """Whether there is something to read, or to say again."""
         try:
-            now = version(self.path)
+            return version(self.path) != self.seen or bool(self.problem)
         except OSError:
             return True
-        return now != self.seen or bool(self.problem) or (now is None and self.there)
 
     def read(self) -> Store:
         """Read the file now. Raises HalfSaved for what may be half saved."""
@@ -344,13 +342,12 @@ class Watch:
         if seen != self.seen:
             self.seen, self.since, self.problem = seen, time.monotonic(), ""
         young = time.monotonic() < self.since + SAVING
-        if seen is None:  # some editors rename a file away before they write the new one
-            if self.there and young:
-                raise HalfSaved(f"{self.path} was there and is missing. Put it back.")
-            self.there = False
+        if seen is None and not young:
+            self.problem = ""
             return _store({"orders": {}, "failed": {}})
-        self.there = True
-        if not self.problem:
+        if seen is None:  # some editors rename a file away before they write the new one
+            self.problem = f"{self.path} was there and is missing. Put it back."
+        elif not self.problem:
             try:
                 return _store(_parse(raw))
             except (ValueError, RecursionError) as error:
@@ -441,7 +438,6 @@ def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> tu
             raise DatabaseError(f"{watch.path}: it is nested too deeply. {LEFT}") from None
         if written:
             watch.seen = written
-            watch.there = True
             return store, True
 
 
