@@ -304,7 +304,7 @@ def version(file: Path | int) -> Version:
         stat = os.stat(file)  # noqa: PTH116 - of a path or of an open file
     except FileNotFoundError:
         return None
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class Watch:
@@ -451,16 +451,13 @@ def _replace(path: Path, content: bytes, seen: Version) -> Version:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+            written = version(file.fileno())  # now: what is saved in place after the rename is not ours
             # An editor knows nothing of the lock. What it saves after this look is lost.
             if version(path) != seen:
                 return None
-            written = version(file.fileno())
             temp.replace(path)
             sync_folder(path.parent)
-            now = version(file.fileno())
-            # The rename changed the last of it only. What else is new was saved in place since then,
-            # and is unknown to us.
-            return now if now and written and now[:-1] == written[:-1] else written
+            return written
     except OSError as error:
         raise DatabaseError(f"cannot write {path}: {error.strerror}. {mend(error)}") from None
     finally:
