@@ -475,14 +475,12 @@ def _open(place: Path) -> int:
     No link is followed, and only what is new changes hands: root may call in another user's folder.
     """
     how = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
-    while True:
-        try:
-            return os.open(place, how)
-        except FileNotFoundError:
-            with contextlib.suppress(FileExistsError):
-                fd = os.open(place, how | os.O_CREAT | os.O_EXCL, 0o666)
-                _share(fd, place.parent)
-                return fd
+    try:
+        fd = os.open(place, how | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return os.open(place, how)
+    _share(fd, place.parent)
+    return fd
 
 
 def _dress(fd: int, path: Path) -> None:
