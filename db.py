@@ -197,14 +197,9 @@ def _entry(item: Any) -> tuple[str | None, Fields]:
         task_id, fields = item
     if not is_task_id(task_id):
         return None, {}
-    return task_id, _own(task_id, fields)
-
-
-def _own(task_id: str, fields: Fields) -> Fields:
-    """An order's fields; a `taskID` that only says the id again is none of them."""
-    if fields.get("taskID") != task_id:
-        return fields
-    return {key: value for key, value in fields.items() if key != "taskID"}
+    if fields.get("taskID") == task_id:  # it only says the id again
+        fields = {key: value for key, value in fields.items() if key != "taskID"}
+    return task_id, fields
 
 
 def _store(data: Fields) -> Store:
@@ -226,7 +221,7 @@ def _store(data: Fields) -> Store:
 
 def _put(store: Store, task_id: str, fields: Fields, new: bool = False) -> None:
     """Put an order in, in the shape that the others have; `new` notes when."""
-    items, fields = store.items, _own(task_id, fields)
+    items = store.items
     bare = not fields and isinstance(items, list) and isinstance((items or [None])[-1], str)
     if new and not bare:
         fields = {**fields, "added": _stamp()}
@@ -235,7 +230,8 @@ def _put(store: Store, task_id: str, fields: Fields, new: bool = False) -> None:
         items[task_id] = fields
     elif bare:
         items.append(task_id)
-    elif "taskID" in fields or items is not store.data["orders"]:  # of another meaning; or a Map
+    elif fields.get("taskID", task_id) != task_id or items is not store.data["orders"]:
+        # The field has another meaning, or it is a Map.
         items.append([task_id, {"taskID": task_id, **fields}])
     else:
         items.append({"taskID": task_id, **fields})
