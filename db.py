@@ -533,9 +533,6 @@ class Deliveries:
         self.ids: set[str] = set()
         self.said: set[str] = set()
 
-    def __contains__(self, task_id: object) -> bool:
-        return task_id in self.ids
-
     def refresh(self) -> None:
         """Read what was appended since; where that cannot be done, say so once and go on without."""
         try:
@@ -864,8 +861,8 @@ def retry_orders(
         deliveries.refresh()
         named = [task_id for task_id in (failed if asked is None else asked) if is_task_id(task_id)]
         moved[:] = [key for key in named if key in failed and _matches(failed[key], since, status)]
-        moved.extend(task_id for task_id in named if task_id in deliveries and task_id not in failed)
-        if again := {task_id: "-" for task_id in moved if task_id in deliveries}:
+        moved.extend(task_id for task_id in named if task_id in deliveries.ids and task_id not in failed)
+        if again := {task_id: "-" for task_id in moved if task_id in deliveries.ids}:
             deliveries.add(again)  # before it waits, or the poller would take it out
         for task_id in moved:
             if task_id in failed:
@@ -911,7 +908,7 @@ def _show(name: str, orders: dict[str, Fields], *keys: str) -> None:
 def _list(path: Path) -> None:
     store, deliveries = read(path), Deliveries(path)
     deliveries.refresh()
-    waiting = {key: fields for key, fields in store.orders.items() if key not in deliveries}
+    waiting = {key: fields for key, fields in store.orders.items() if key not in deliveries.ids}
     refused = {key: waiting.pop(key) | record for key, record in store.failing.items() if key in waiting}
     print(path)
     _show("waiting", waiting, "projectID", "added")

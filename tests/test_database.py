@@ -117,7 +117,7 @@ def test_outcomes_are_written_at_once_or_with_the_next_look(
     time.sleep(0.1)  # after the pause that a write is followed by
     assert database.sync(False) is None
     assert list(content(database)["orders"]) == ["b", "c"]
-    assert "c" in database.deliveries  # that at once
+    assert "c" in database.deliveries.ids  # that at once
     begun = time.monotonic()
     while database.sync(False) is None:
         time.sleep(0.01)
@@ -183,7 +183,7 @@ def test_a_list_that_cannot_be_written_keeps_the_order_and_stops_nothing_else(
     database.deliveries.path.rmdir()
     told(database, lambda store: "a" not in content(database)["orders"])
     assert database.problem == ""
-    assert "a" in database.deliveries
+    assert "a" in database.deliveries.ids
     assert [line for line in said(caplog, logging.INFO) if line[1].startswith("over: ")]
     assert database.flush()
 
@@ -487,7 +487,7 @@ def test_a_lock_that_another_has_is_no_error(
             database.sync(True)
             longest = max(longest, time.monotonic() - begun)
         assert longest < 0.4
-        assert "a" in database.deliveries
+        assert "a" in database.deliveries.ids
         save(database.path, {"orders": ["a", "b", "c", "typed"]})  # an editor knows of no lock
         assert "typed" in told(database, lambda store: True).orders
         assert said(caplog, logging.INFO) == []
