@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import functools
 import io
 import json
 import logging
@@ -31,7 +32,6 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
 
@@ -170,7 +170,7 @@ def _laid_out(value: Any, start: str, rows: list[int]) -> str:
     inner = start + "    "
     inside: Callable[[Any], str] = _line
     if id(value) not in rows:
-        inside = partial(_laid_out, start=inner, rows=rows)
+        inside = functools.partial(_laid_out, start=inner, rows=rows)
     if isinstance(value, dict):
         ends, lines = "{}", [f"{_line(key)}: {inside(part)}" for key, part in value.items()]
     else:
@@ -516,6 +516,11 @@ def sync_folder(folder: Path) -> None:
 # --- the list of what was delivered ----------------------------------------------------------
 
 
+@functools.cache  # so once for each
+def _warn(problem: str) -> None:
+    log.warning("%s", problem)
+
+
 class Deliveries:
     """`.database.json.delivered`: one line for each delivery, `<UTC> <task id> <file name>`.
 
@@ -531,21 +536,20 @@ class Deliveries:
         self.file: tuple[int, int] | None = None  # that was read: another one is read anew
         self.lines = self.end = 0  # read so far, and up to which byte
         self.ids: set[str] = set()
-        self.said: set[str] = set()
 
     def refresh(self) -> None:
         """Read what was appended since; where that cannot be done, say so once and go on without."""
         try:
             self._read_on()
         except OSError as error:
-            self._say(f"cannot read {self.path}: {error.strerror}. Mend that: nothing counts as delivered.")
+            _warn(f"cannot read {self.path}: {error.strerror}. Mend that: nothing counts as delivered.")
 
     def _read_on(self) -> None:
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
             if self.file:
-                self._say(f"{self.path} was taken away: what was delivered before counts as never delivered.")
+                _warn(f"{self.path} was taken away: what was delivered before counts as never delivered.")
             self._begin(None)
             return
         with file:
@@ -569,12 +573,7 @@ class Deliveries:
         elif match:
             self.ids.add(match[2].decode())
         elif line != b"\n":
-            self._say(f"{self.path}: lines that speak of no delivery are passed over.")
-
-    def _say(self, problem: str) -> None:
-        if problem not in self.said:
-            self.said.add(problem)
-            log.warning("%s", problem)
+            _warn(f"{self.path}: lines that speak of no delivery are passed over.")
 
     def add(self, files: Mapping[str, str]) -> None:
         """Note deliveries, task id to file name; when this returns they are on the disk.
@@ -612,7 +611,7 @@ class Deliveries:
         except Busy:
             pass  # the next time will do
         except (DatabaseError, OSError) as error:
-            self._say(f"{self.path} cannot be shortened: {error}")
+            _warn(f"{self.path} cannot be shortened: {error}")
         self.refresh()
 
     def last(self, task_id: str) -> tuple[str, str] | None:
