@@ -43,7 +43,7 @@ LOOK = 1.0  # seconds between two looks at whether database.json changed
 SAVING = 2.0  # seconds: what has made no sense, or been missing, for less may be half saved by an editor
 PATIENCE = 10.0  # seconds to wait for another writer, or for an editor that saves
 SHARE = 20  # the poller spends at most the twentieth part of its time on writing
-KEPT = 100_000  # deliveries that are remembered at least
+KEPT = 100_000  # deliveries that are remembered at least, and twice as many at most
 # What the poller writes into a failed record; an order's own fields of these names move to "order".
 RECORD = ("status", "error", "failed", "order")
 
@@ -596,10 +596,9 @@ class Deliveries:
         except OSError as error:
             raise DatabaseError(f"cannot write {self.path}: {error.strerror}. {mend(error)}") from None
 
-    def shorten(self, most: int) -> None:
-        """Leave the newest KEPT lines where there are more than `most`. Says where that is not possible."""
-        self.refresh()
-        if self.lines <= most:
+    def shorten(self) -> None:
+        """Leave the newest KEPT lines where there are twice as many. Says where that is not possible."""
+        if self.lines <= 2 * KEPT:
             return
         try:
             with lock(self.database, "lock", 1.0), self.path.open("rb") as file:
@@ -612,7 +611,6 @@ class Deliveries:
             pass  # the next time will do
         except (DatabaseError, OSError) as error:
             _warn(f"{self.path} cannot be shortened: {error}")
-        self.refresh()
 
     def last(self, task_id: str) -> tuple[str, str] | None:
         """When an order was delivered (UTC) and as which file, without making sense of all of the list."""
@@ -677,7 +675,6 @@ class Database:
     def start(self) -> Store:
         """Read the file and the list. Raises DatabaseError."""
         store = _patiently(self.watch.read, PATIENCE)
-        self.deliveries.shorten(KEPT)
         self.failing = {key: dict(record) for key, record in store.failing.items() if key in store.orders}
         return self._shown(store)
 
@@ -719,7 +716,7 @@ class Database:
         self._complain("list", "")
         self.delivered.clear()
         self._turn.over = True
-        self.deliveries.shorten(2 * KEPT)
+        self.deliveries.shorten()
 
     def _unwritten(self) -> bool:
         """Whether the file does not say yet what came of the orders."""

@@ -173,18 +173,21 @@ def test_a_link_is_not_followed(deliveries: db.Deliveries) -> None:
 
 
 def test_the_newest_are_kept(deliveries: db.Deliveries, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(db, "KEPT", 100)
     lines = [line(f"t{number}", "-" if number == 150 else "") for number in range(250)]
     deliveries.path.write_text("".join(lines) + "2026-01-01")
     deliveries.path.chmod(0o640)
+    deliveries.refresh()
+    monkeypatch.setattr(db, "KEPT", 125)
     before = deliveries.path.stat().st_ino
-    deliveries.shorten(250)
+    deliveries.shorten()
     assert deliveries.path.stat().st_ino == before
+    monkeypatch.setattr(db, "KEPT", 100)
     with db.lock(deliveries.database, "lock", 0):  # somebody may be writing to it
-        deliveries.shorten(100)
+        deliveries.shorten()
         assert deliveries.path.read_text().startswith(lines[0])
-    deliveries.shorten(100)
+    deliveries.shorten()
     assert deliveries.path.read_text() == "".join(lines[150:])  # without the line that was cut off
+    deliveries.refresh()
     assert deliveries.ids == {f"t{number}" for number in range(151, 250)}
     assert deliveries.path.stat().st_mode & 0o777 == 0o640
     assert {file.name for file in deliveries.path.parent.iterdir()} == {
