@@ -674,9 +674,9 @@ class Database:
 
     def start(self) -> Store:
         """Read the file and the list. Raises DatabaseError."""
-        store = _patiently(self.watch.read, PATIENCE)
+        store = self._shown(_patiently(self.watch.read, PATIENCE))
         self.failing = {key: dict(record) for key, record in store.failing.items() if key in store.orders}
-        return self._shown(store)
+        return store
 
     def sync(self, soon: bool) -> Store | None:
         """Write what came of the orders, and see what others changed; what is new, or None.
