@@ -29,7 +29,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -645,8 +645,7 @@ class _Turn:
     look: float = 0.0  # when the next look is due
     write: float = 0.0  # until when nothing is written
     busy: float = math.inf  # since when the lock is another's
-    orders: set[str] = field(default_factory=set)  # in the file
-    over: bool = False  # some of them are delivered, and are to be taken out
+    over: set[str] = field(default_factory=set)  # orders in the file that are on the list: to be taken out
     failing: dict[str, Fields] = field(default_factory=dict)  # in the file
     problems: dict[str, str] = field(default_factory=dict)  # with the "database", the "list", the "lock"
 
@@ -714,17 +713,14 @@ class Database:
         except DatabaseError as error:
             return self._complain("list", str(error))
         self._complain("list", "")
+        self._turn.over |= self.delivered.keys()
         self.delivered.clear()
-        self._turn.over = True
         self.deliveries.shorten()
 
     def _unwritten(self) -> bool:
         """Whether the file does not say yet what came of the orders."""
         turn = self._turn
-        return turn.over or bool(self.failed) or self._refused(turn.orders) != turn.failing
-
-    def _refused(self, orders: Container[str]) -> dict[str, Fields]:
-        return {task_id: record for task_id, record in self.failing.items() if task_id in orders}
+        return bool(turn.over or self.failed) or self.failing != turn.failing
 
     def _tried(self, step: Callable[[], Store]) -> Store | None:
         turn = self._turn
@@ -758,11 +754,9 @@ class Database:
 
     def _settle(self, store: Store) -> bool:
         """Let the file say what came of the orders; whether that changed it."""
-        over = self._over(store)
-        for task_id in over | self.failed.keys():
-            self.failing.pop(task_id, None)
-        changed = _end(store, over, self.failed)
-        return _set_failing(store, self._refused(store.orders)) or changed
+        changed = _end(store, self._over(store), self.failed)
+        self.failing = {key: record for key, record in self.failing.items() if key in store.orders}
+        return _set_failing(store, self.failing) or changed
 
     def _over(self, store: Store) -> set[str]:
         """The orders of the file that are delivered; says which of them somebody brought back.
@@ -772,8 +766,7 @@ class Database:
         """
         self.deliveries.refresh()
         over = store.orders.keys() & self.deliveries.ids
-        back = over - self._turn.orders
-        self._turn.orders = set(store.orders)
+        back, self._turn.over = over - self._turn.over, over
         if back:
             what = f"{len(back)} orders that had been delivered were"
             if len(back) == 1:
@@ -783,8 +776,7 @@ class Database:
 
     def _shown(self, store: Store) -> Store:
         """Remember what the file has; only what has not ended is the loop's business."""
-        over = self._over(store)
-        self._turn.failing, self._turn.over = store.failing, bool(over)
+        over, self._turn.failing = self._over(store), store.failing
         for task_id in (over | self.delivered.keys() | self.failed.keys()) & store.orders.keys():
             del store.orders[task_id]
         return store

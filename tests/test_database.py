@@ -238,7 +238,7 @@ def test_what_is_refused_stands_under_failing_as_long_as_it_waits(database: db.D
     database.failing["c"] = dict(REFUSED)
     told(database, lambda store: "b" not in store.orders)
     assert content(database)["failing"] == {"c": REFUSED}
-    assert database.failing == {"gone": REFUSED, "c": REFUSED}  # of the ended orders it is forgotten
+    assert database.failing == {"c": REFUSED}  # of orders that wait no more it is forgotten
     del database.failing["c"]
     told(database, lambda store: "failing" not in store.data)
     assert "failing" not in content(database)
