@@ -647,7 +647,7 @@ class _Turn:
     busy: float = math.inf  # since when the lock is another's
     over: set[str] = field(default_factory=set)  # orders in the file that are on the list: to be taken out
     failing: dict[str, Fields] = field(default_factory=dict)  # in the file
-    problems: dict[str, str] = field(default_factory=dict)  # with the "database", the "list", the "lock"
+    problems: dict[str, str] = field(default_factory=dict)  # with the "database" and with the "list"
 
 
 class Database:
@@ -732,8 +732,8 @@ class Database:
         except Busy as error:  # somebody writes, or waits for an editor: no problem yet
             now = time.monotonic()
             turn.busy, turn.write = min(turn.busy, now), now + 0.2
-            if now >= turn.busy + PATIENCE and "lock" not in turn.problems:
-                self._complain("lock", str(error), logging.WARNING)
+            if now >= turn.busy + PATIENCE and "database" not in turn.problems:
+                self._complain("database", str(error), logging.WARNING)
         except HalfSaved:
             pass
         except DatabaseError as error:
@@ -744,7 +744,6 @@ class Database:
         turn = self._turn
         with lock(self.path, "lock", 0.2):
             turn.busy, begun = math.inf, time.monotonic()
-            self._complain("lock", "")
             try:
                 store, _ = _rewrite(self.watch, self._settle, 0)
             finally:

@@ -505,6 +505,22 @@ def test_a_lock_that_another_has_is_no_error(
     assert database.problem == ""
 
 
+def test_a_lock_that_nobody_waits_for_any_more_is_no_problem(
+    database: db.Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "PATIENCE", 0.0)
+    with process(HOLD, database.path) as other:
+        assert other.stdout and other.stdin
+        other.stdout.readline()
+        database.delivered["a"] = "a.png"
+        eventually(lambda: database.sync(True) or database.problem)
+        save(database.path, {"orders": ["b", "c"]})  # somebody else took it out
+        eventually(lambda: database.sync(True) or not database.problem)
+        (problem, over) = said(caplog, logging.INFO)
+        assert over == ("INFO", f"over: {problem[1]}")
+        other.stdin.close()
+
+
 def test_a_folder_that_takes_no_file_is_said_once(
     database: db.Database, caplog: pytest.LogCaptureFixture
 ) -> None:
