@@ -831,31 +831,31 @@ def remove_order(task_id: str, path: Path | None = None) -> None:
 
 
 def retry_orders(
-    task_ids: Iterable[str] | None = None,
+    task_id: str | None = None,
     path: Path | None = None,
     since: datetime | None = None,
     status: int | None = None,
 ) -> list[str]:
-    """Let failed orders wait again (None: all), and those named that were delivered; returns which.
+    """Let an order wait again that failed or was delivered, or (None) all that failed; returns which.
 
-    since, status: of the failed orders only those that failed since then, or with that HTTP status.
+    since, status: only those that failed since then, or with that HTTP status.
     """
     path, moved = _real(path), list[str]()
-    asked = None if task_ids is None else dict.fromkeys(task_ids)
 
     def edit(store: Store) -> bool:
         deliveries, failed = Deliveries(path), store.failed
         deliveries.refresh()
-        named = [task_id for task_id in (failed if asked is None else asked) if is_task_id(task_id)]
-        moved[:] = [key for key in named if key in failed and _matches(failed[key], since, status)]
-        moved.extend(task_id for task_id in named if task_id in deliveries.ids and task_id not in failed)
-        if again := {task_id: "-" for task_id in moved if task_id in deliveries.ids}:
+        named = [key for key in failed if is_task_id(key) and task_id in (None, key)]
+        moved[:] = [key for key in named if _matches(failed[key], since, status)]
+        if not named and task_id and task_id in deliveries.ids:
+            moved.append(task_id)
+        if again := {key: "-" for key in moved if key in deliveries.ids}:
             deliveries.add(again)  # before it waits, or the poller would take it out
-        for task_id in moved:
-            if task_id in failed:
-                _revive(store, task_id)
-            elif task_id not in store.orders:
-                _put(store, task_id, {}, new=True)
+        for key in moved:
+            if key in failed:
+                _revive(store, key)
+            elif key not in store.orders:
+                _put(store, key, {}, new=True)
         return bool(moved)  # also where it waits already: the running poller notices by that
 
     _change(path, edit)
@@ -923,7 +923,7 @@ def _run(given: argparse.Namespace, path: Path) -> None:
         else:
             print(f"{task_id} waited already, in {path}")
     else:
-        moved = retry_orders([task_id] if task_id else None, path, given.since, given.status)
+        moved = retry_orders(task_id, path, given.since, given.status)
         if task_id and not moved:
             raise ValueError(
                 f"{task_id} has neither failed nor been delivered; python db.py list shows what has"

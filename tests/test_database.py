@@ -311,7 +311,7 @@ def test_an_order_to_be_had_again_is_not_taken_out(
     database.delivered["a"] = "a.png"
     database.sync(True)
     assert ("a" in content(database)["orders"]) != written
-    assert db.retry_orders(["a"], database.path) == ["a"]
+    assert db.retry_orders("a", database.path) == ["a"]
     store = told(database, lambda store: "a" in store.orders)
     assert (store.orders["a"] == {"projectID": "p"}) != written
     database._turn.write = 0.0
@@ -330,7 +330,7 @@ def test_each_of_many_retries_is_heard(database: db.Database) -> None:
     code = (
         "path, left = pathlib.Path(sys.argv[1]), 40\n"
         "while left:\n"
-        "    left -= bool(db.retry_orders(['a'], path))\n"
+        "    left -= bool(db.retry_orders('a', path))\n"
         "    time.sleep(0.003 * (left % 7))\n"
     )
     other = process(code, database.path)

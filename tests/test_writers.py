@@ -300,7 +300,7 @@ def survives(raw: bytes) -> bool:
                 record["order"].keys() if isinstance(record.get("order"), dict) else set()
             )
             assert kept >= store.orders["b"].keys()
-            assert db.retry_orders(["b"], path) == ["b"]
+            assert db.retry_orders("b", path) == ["b"]
             assert db.read(path).orders["b"] == store.orders["b"], "what a retry puts back is not what it was"
         refuse(path)
         retry(path)
