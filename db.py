@@ -924,7 +924,7 @@ def _run(given: argparse.Namespace, path: Path) -> None:
             print(f"{task_id} waited already, in {path}")
     else:
         moved = retry_orders(task_id, path, given.since, given.status)
-        if task_id and not moved:
+        if task_id is not None and not moved:
             raise ValueError(
                 f"{task_id} has neither failed nor been delivered; python db.py list shows what has"
             )

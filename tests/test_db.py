@@ -714,6 +714,8 @@ def test_the_commands_of_db_py(home: Home) -> None:
     assert home.waiting()[A]["projectID"] == "my-project"
     code, said = ended("retry", A)
     assert (code, A in said) == (1, True)
+    assert ended("retry", "")[0] == 1  # a shell's empty variable does not mean all
+    assert list(home.failed()) == [B]
     assert ended("retry")[0] == ended("retry", B, "--all")[0] == 2
     assert ended("retry", "--all")[0] == 0
     assert ended("retry", "--all")[0] == 0  # nothing to do is no error
