@@ -533,7 +533,7 @@ class Deliveries:
     def __init__(self, database: Path) -> None:
         self.database = database
         self.path = _beside(database, "delivered")
-        self.file: tuple[int, int] | None = None  # that was read: another one is read anew
+        self.file: Version = None  # device and inode of what was read: another one is read anew
         self.lines = self.end = 0  # read so far, and up to which byte
         self.ids: set[str] = set()
 
@@ -545,26 +545,21 @@ class Deliveries:
             _warn(f"cannot read {self.path}: {error.strerror}. Mend that: nothing counts as delivered.")
 
     def _read_on(self) -> None:
-        try:
-            file = self.path.open("rb")
-        except FileNotFoundError:
-            if self.file:
-                _warn(f"{self.path} was taken away: what was delivered before counts as never delivered.")
-            self._begin(None)
+        now = version(self.path)
+        if self.file and not now:
+            _warn(f"{self.path} was taken away: what was delivered before counts as never delivered.")
+        file, size = (now[:2], now[2]) if now else (None, 0)
+        if file != self.file or size < self.end:
+            self.ids.clear()
+            self.file, self.lines, self.end = file, 0, 0
+        if size == self.end:
             return
-        with file:
-            stat = os.fstat(file.fileno())
-            if (stat.st_dev, stat.st_ino) != self.file or stat.st_size < self.end:
-                self._begin((stat.st_dev, stat.st_ino))
-            file.seek(self.end)
-            for line in file:
+        with self.path.open("rb") as lines:
+            lines.seek(self.end)
+            for line in lines:
                 if line.endswith(b"\n"):
                     self.lines, self.end = self.lines + 1, self.end + len(line)
                     self._know(line)
-
-    def _begin(self, file: tuple[int, int] | None) -> None:
-        self.ids.clear()
-        self.file, self.lines, self.end = file, 0, 0
 
     def _know(self, line: bytes) -> None:
         match = self.LINE.fullmatch(line)
