@@ -485,10 +485,9 @@ def _dress(fd: int, path: Path) -> None:
         old = path.stat()
     except FileNotFoundError:
         return _share(fd, path.parent)
-    for owner in (old.st_uid, -1):  # its group may be ours to give where its owner is not
+    for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):  # one may be ours to give, the other not
         with contextlib.suppress(PermissionError):
-            os.fchown(fd, owner, old.st_gid)
-            break
+            os.fchown(fd, owner, group)
     os.fchmod(fd, old.st_mode & 0o7777)
 
 
@@ -528,7 +527,7 @@ class Deliveries:
     counts. A line without its end was cut off by a crash, and is none. Only the poller shortens it.
     """
 
-    LINE = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) ([A-Za-z0-9][A-Za-z0-9._-]{0,127}) (.+)\n")
+    LINE = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) (%b) (.+)\n" % TASK_ID.pattern.encode())
 
     def __init__(self, database: Path) -> None:
         self.database = database
