@@ -50,7 +50,7 @@ RECORD = ("status", "error", "failed", "order")
 LEFT = "It is left as it is: mend it."
 
 Fields = dict[str, Any]
-Failures = Mapping[str, tuple[int | None, str]]  # task id to HTTP status and what GraFx said
+Failures = dict[str, tuple[int | None, str]]  # task id to HTTP status and what GraFx said
 Given = TypeVar("Given")
 Version = tuple[int, ...] | None
 
@@ -657,7 +657,7 @@ class Database:
         self.once = once  # then the file is read at the start only
         self.failing: dict[str, Fields] = {}
         self.delivered: dict[str, str] = {}  # these two only until they are written
-        self.failed: dict[str, tuple[int | None, str]] = {}
+        self.failed: Failures = {}
         self._turn = _Turn()
 
     @property
