@@ -333,7 +333,7 @@ class Watch:
         except FileNotFoundError:
             seen = None
         except OSError as error:
-            self.seen, self.problem = (), ""
+            self.seen = ()
             raise DatabaseError(f"cannot read {self.path}: {error.strerror}. Mend its permissions.") from None
         if seen != self.seen:
             self.seen, self.since, self.problem = seen, time.monotonic(), ""
