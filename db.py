@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import functools
 import io
 import json
 import logging
@@ -28,10 +29,9 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
 
@@ -43,14 +43,14 @@ LOOK = 1.0  # seconds between two looks at whether database.json changed
 SAVING = 2.0  # seconds: what has made no sense, or been missing, for less may be half saved by an editor
 PATIENCE = 10.0  # seconds to wait for another writer, or for an editor that saves
 SHARE = 20  # the poller spends at most the twentieth part of its time on writing
-KEPT = 100_000  # deliveries that are remembered at least
+KEPT = 100_000  # deliveries that are remembered at least, and twice as many at most
 # What the poller writes into a failed record; an order's own fields of these names move to "order".
 RECORD = ("status", "error", "failed", "order")
 
 LEFT = "It is left as it is: mend it."
 
 Fields = dict[str, Any]
-Failures = Mapping[str, tuple[int | None, str]]  # task id to HTTP status and what GraFx said
+Failures = dict[str, tuple[int | None, str]]  # task id to HTTP status and what GraFx said
 Given = TypeVar("Given")
 Version = tuple[int, ...] | None
 
@@ -77,7 +77,6 @@ class Store:
     items: Any  # of `data`, the object or list that holds the orders
     orders: dict[str, Fields]
     strange: list[str]  # entries that are no order, each in one line
-    version: Version  # of the file it was read from, see `version`
 
     @property
     def failing(self) -> dict[str, Fields]:
@@ -101,11 +100,6 @@ def settings() -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DatabaseError(f"cannot read {HERE / '.env'}: {error}. Mend it or its permissions.") from None
     return {name: value for name, value in (*file.items(), *os.environ.items()) if value}
-
-
-def default_path() -> Path:
-    """DATABASE of the settings, else `database.json`; beside this file, wherever one calls from."""
-    return HERE / settings().get("DATABASE", "database.json")
 
 
 def mend(error: OSError) -> str:
@@ -176,7 +170,7 @@ def _laid_out(value: Any, start: str, rows: list[int]) -> str:
     inner = start + "    "
     inside: Callable[[Any], str] = _line
     if id(value) not in rows:
-        inside = partial(_laid_out, start=inner, rows=rows)
+        inside = functools.partial(_laid_out, start=inner, rows=rows)
     if isinstance(value, dict):
         ends, lines = "{}", [f"{_line(key)}: {inside(part)}" for key, part in value.items()]
     else:
@@ -203,23 +197,18 @@ def _entry(item: Any) -> tuple[str | None, Fields]:
         task_id, fields = item
     if not is_task_id(task_id):
         return None, {}
-    return task_id, _own(task_id, fields)
+    if fields.get("taskID") == task_id:  # it only says the id again
+        fields = {key: value for key, value in fields.items() if key != "taskID"}
+    return task_id, fields
 
 
-def _own(task_id: str, fields: Fields) -> Fields:
-    """An order's fields; a `taskID` that only says the id again is none of them."""
-    if fields.get("taskID") != task_id:
-        return fields
-    return {key: value for key, value in fields.items() if key != "taskID"}
-
-
-def _store(data: Fields, version: Version) -> Store:
+def _store(data: Fields) -> Store:
     items = data.setdefault("orders", {})
     if isinstance(items, dict) and items.get("dataType") == "Map":
         items = items["value"] if isinstance(items.get("value"), list) else None
     if not isinstance(items, (dict, list)):
         raise ValueError('"orders" must be an object, a list, or {"dataType": "Map", "value": [ … ]}')
-    store = Store(data, items, {}, [], version)
+    store = Store(data, items, {}, [])
     for item in items.items() if isinstance(items, dict) else items:
         task_id, fields = _entry(item)
         if task_id is None:
@@ -232,7 +221,7 @@ def _store(data: Fields, version: Version) -> Store:
 
 def _put(store: Store, task_id: str, fields: Fields, new: bool = False) -> None:
     """Put an order in, in the shape that the others have; `new` notes when."""
-    items, fields = store.items, _own(task_id, fields)
+    items = store.items
     bare = not fields and isinstance(items, list) and isinstance((items or [None])[-1], str)
     if new and not bare:
         fields = {**fields, "added": _stamp()}
@@ -241,7 +230,8 @@ def _put(store: Store, task_id: str, fields: Fields, new: bool = False) -> None:
         items[task_id] = fields
     elif bare:
         items.append(task_id)
-    elif "taskID" in fields or items is not store.data["orders"]:  # of another meaning; or a Map
+    elif fields.get("taskID", task_id) != task_id or items is not store.data["orders"]:
+        # The field has another meaning, or it is a Map.
         items.append([task_id, {"taskID": task_id, **fields}])
     else:
         items.append({"taskID": task_id, **fields})
@@ -310,7 +300,7 @@ def version(file: Path | int) -> Version:
         stat = os.stat(file)  # noqa: PTH116 - of a path or of an open file
     except FileNotFoundError:
         return None
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class Watch:
@@ -322,19 +312,17 @@ class Watch:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seen: Version = ()  # as it was at the last look
-        self.since = 0.0  # when it was seen like that for the first time
-        # Whether there was a file that is missed; where there is a lock, somebody wrote one.
-        self.there = _beside(path, "lock").exists()
+        # As it was at the last look. Where there is a lock, there was a file, and it is missed.
+        self.seen: Version = () if _beside(path, "lock").exists() else None
+        self.since = -math.inf  # when it was seen like that for the first time
         self.problem = ""  # with what was seen: a broken file is parsed again only when it changed
 
     def changed(self) -> bool:
         """Whether there is something to read, or to say again."""
         try:
-            now = version(self.path)
+            return version(self.path) != self.seen or bool(self.problem)
         except OSError:
             return True
-        return now != self.seen or bool(self.problem) or (now is None and self.there)
 
     def read(self) -> Store:
         """Read the file now. Raises HalfSaved for what may be half saved."""
@@ -345,20 +333,19 @@ class Watch:
         except FileNotFoundError:
             seen = None
         except OSError as error:
-            self.seen, self.problem = (), ""
+            self.seen = ()
             raise DatabaseError(f"cannot read {self.path}: {error.strerror}. Mend its permissions.") from None
         if seen != self.seen:
             self.seen, self.since, self.problem = seen, time.monotonic(), ""
         young = time.monotonic() < self.since + SAVING
+        if seen is None and not young:
+            self.problem = ""
+            return _store({"orders": {}, "failed": {}})
         if seen is None:  # some editors rename a file away before they write the new one
-            if self.there and young:
-                raise HalfSaved(f"{self.path} was there and is missing. Put it back.")
-            self.there = False
-            return _store({"orders": {}, "failed": {}}, None)
-        self.there = True
-        if not self.problem:
+            self.problem = f"{self.path} was there and is missing. Put it back."
+        elif not self.problem:
             try:
-                return _store(_parse(raw), seen)
+                return _store(_parse(raw))
             except (ValueError, RecursionError) as error:
                 what = "it is nested too deeply" if isinstance(error, RecursionError) else error
                 self.problem = f"{self.path}: {what}. {LEFT}"
@@ -377,12 +364,9 @@ def _patiently(step: Callable[[], Given], patience: float) -> Given:
         time.sleep(0.01)
 
 
-def read(path: Path, patience: float = PATIENCE) -> Store:
-    """Read the file; a missing one is an empty store.
-
-    patience: seconds to look again while it may be half saved; HalfSaved where they end.
-    """
-    return _patiently(Watch(path).read, patience)
+def read(path: Path) -> Store:
+    """Read the file; a missing one is an empty store. What may be half saved is waited for."""
+    return _patiently(Watch(path).read, PATIENCE)
 
 
 @contextlib.contextmanager
@@ -429,11 +413,11 @@ def take_note(lock: TextIO, note: str) -> None:
         os.write(lock.fileno(), f"{os.getpid()} {note}\n".encode())  # unbuffered: nothing is left for close
 
 
-def _change(path: Path, edit: Callable[[Store], bool], patience: float = PATIENCE) -> bool:
+def _change(path: Path, edit: Callable[[Store], bool]) -> bool:
     """Take the lock and rewrite; whether that changed something."""
     watch = Watch(path)  # before there is a lock: then a file was never there
-    with lock(path, "lock", patience):
-        _, changed = _rewrite(watch, edit, patience)
+    with lock(path, "lock", PATIENCE):
+        _, changed = _rewrite(watch, edit, PATIENCE)
     return changed
 
 
@@ -443,14 +427,13 @@ def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> tu
         store = _patiently(watch.read, patience)
         if not edit(store):
             return store, False
-        watch.seen = ()  # until it is written, nobody knows what was read
+        seen, watch.seen = watch.seen, ()  # until it is written, nobody knows what was read
         try:
-            written = _replace(watch.path, _text(store), store.version)
+            written = _replace(watch.path, _text(store), seen)
         except RecursionError:
             raise DatabaseError(f"{watch.path}: it is nested too deeply. {LEFT}") from None
         if written:
-            watch.seen = store.version = written
-            watch.there = True
+            watch.seen = written
             return store, True
 
 
@@ -464,16 +447,13 @@ def _replace(path: Path, content: bytes, seen: Version) -> Version:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+            written = version(file.fileno())  # now: what is saved in place after the rename is not ours
             # An editor knows nothing of the lock. What it saves after this look is lost.
             if version(path) != seen:
                 return None
-            written = version(file.fileno())
             temp.replace(path)
             sync_folder(path.parent)
-            now = version(file.fileno())
-            # The rename changed the last of it only. What else is new was saved in place since then,
-            # and is unknown to us.
-            return now if now and written and now[:-1] == written[:-1] else written
+            return written
     except OSError as error:
         raise DatabaseError(f"cannot write {path}: {error.strerror}. {mend(error)}") from None
     finally:
@@ -491,14 +471,12 @@ def _open(place: Path) -> int:
     No link is followed, and only what is new changes hands: root may call in another user's folder.
     """
     how = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
-    while True:
-        try:
-            return os.open(place, how)
-        except FileNotFoundError:
-            with contextlib.suppress(FileExistsError):
-                fd = os.open(place, how | os.O_CREAT | os.O_EXCL, 0o666)
-                _share(fd, place.parent)
-                return fd
+    try:
+        fd = os.open(place, how | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return os.open(place, how)
+    _share(fd, place.parent)
+    return fd
 
 
 def _dress(fd: int, path: Path) -> None:
@@ -507,10 +485,9 @@ def _dress(fd: int, path: Path) -> None:
         old = path.stat()
     except FileNotFoundError:
         return _share(fd, path.parent)
-    for owner in (old.st_uid, -1):  # its group may be ours to give where its owner is not
+    for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):  # one may be ours to give, the other not
         with contextlib.suppress(PermissionError):
-            os.fchown(fd, owner, old.st_gid)
-            break
+            os.fchown(fd, owner, group)
     os.fchmod(fd, old.st_mode & 0o7777)
 
 
@@ -538,6 +515,11 @@ def sync_folder(folder: Path) -> None:
 # --- the list of what was delivered ----------------------------------------------------------
 
 
+@functools.cache  # so once for each
+def _warn(problem: str) -> None:
+    log.warning("%s", problem)
+
+
 class Deliveries:
     """`.database.json.delivered`: one line for each delivery, `<UTC> <task id> <file name>`.
 
@@ -545,47 +527,38 @@ class Deliveries:
     counts. A line without its end was cut off by a crash, and is none. Only the poller shortens it.
     """
 
-    LINE = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) ([A-Za-z0-9][A-Za-z0-9._-]{0,127}) (.+)\n")
+    LINE = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) (%b) (.+)\n" % TASK_ID.pattern.encode())
 
     def __init__(self, database: Path) -> None:
         self.database = database
         self.path = _beside(database, "delivered")
-        self.file: tuple[int, int] | None = None  # that was read: another one is read anew
+        self.file: Version = None  # device and inode of what was read: another one is read anew
         self.lines = self.end = 0  # read so far, and up to which byte
         self.ids: set[str] = set()
-        self.said: set[str] = set()
-
-    def __contains__(self, task_id: object) -> bool:
-        return task_id in self.ids
 
     def refresh(self) -> None:
         """Read what was appended since; where that cannot be done, say so once and go on without."""
         try:
             self._read_on()
         except OSError as error:
-            self._say(f"cannot read {self.path}: {error.strerror}. Mend that: nothing counts as delivered.")
+            _warn(f"cannot read {self.path}: {error.strerror}. Mend that: nothing counts as delivered.")
 
     def _read_on(self) -> None:
-        try:
-            file = self.path.open("rb")
-        except FileNotFoundError:
-            if self.file:
-                self._say(f"{self.path} was taken away: what was delivered before counts as never delivered.")
-            self._begin(None)
+        now = version(self.path)
+        if self.file and not now:
+            _warn(f"{self.path} was taken away: what was delivered before counts as never delivered.")
+        file, size = (now[:2], now[2]) if now else (None, 0)
+        if file != self.file or size < self.end:
+            self.ids.clear()
+            self.file, self.lines, self.end = file, 0, 0
+        if size == self.end:
             return
-        with file:
-            stat = os.fstat(file.fileno())
-            if (stat.st_dev, stat.st_ino) != self.file or stat.st_size < self.end:
-                self._begin((stat.st_dev, stat.st_ino))
-            file.seek(self.end)
-            for line in file:
+        with self.path.open("rb") as lines:
+            lines.seek(self.end)
+            for line in lines:
                 if line.endswith(b"\n"):
                     self.lines, self.end = self.lines + 1, self.end + len(line)
                     self._know(line)
-
-    def _begin(self, file: tuple[int, int] | None) -> None:
-        self.ids.clear()
-        self.file, self.lines, self.end = file, 0, 0
 
     def _know(self, line: bytes) -> None:
         match = self.LINE.fullmatch(line)
@@ -594,12 +567,7 @@ class Deliveries:
         elif match:
             self.ids.add(match[2].decode())
         elif line != b"\n":
-            self._say(f"{self.path}: lines that speak of no delivery are passed over.")
-
-    def _say(self, problem: str) -> None:
-        if problem not in self.said:
-            self.said.add(problem)
-            log.warning("%s", problem)
+            _warn(f"{self.path}: lines that speak of no delivery are passed over.")
 
     def add(self, files: Mapping[str, str]) -> None:
         """Note deliveries, task id to file name; when this returns they are on the disk.
@@ -622,10 +590,9 @@ class Deliveries:
         except OSError as error:
             raise DatabaseError(f"cannot write {self.path}: {error.strerror}. {mend(error)}") from None
 
-    def shorten(self, most: int) -> None:
-        """Leave the newest KEPT lines where there are more than `most`. Says where that is not possible."""
-        self.refresh()
-        if self.lines <= most:
+    def shorten(self) -> None:
+        """Leave the newest KEPT lines where there are twice as many. Says where that is not possible."""
+        if self.lines <= 2 * KEPT:
             return
         try:
             with lock(self.database, "lock", 1.0), self.path.open("rb") as file:
@@ -637,8 +604,7 @@ class Deliveries:
         except Busy:
             pass  # the next time will do
         except (DatabaseError, OSError) as error:
-            self._say(f"{self.path} cannot be shortened: {error}")
-        self.refresh()
+            _warn(f"{self.path} cannot be shortened: {error}")
 
     def last(self, task_id: str) -> tuple[str, str] | None:
         """When an order was delivered (UTC) and as which file, without making sense of all of the list."""
@@ -673,10 +639,9 @@ class _Turn:
     look: float = 0.0  # when the next look is due
     write: float = 0.0  # until when nothing is written
     busy: float = math.inf  # since when the lock is another's
-    orders: set[str] = field(default_factory=set)  # in the file
-    over: bool = False  # some of them are delivered, and are to be taken out
+    over: set[str] = field(default_factory=set)  # orders in the file that are on the list: to be taken out
     failing: dict[str, Fields] = field(default_factory=dict)  # in the file
-    problems: dict[str, str] = field(default_factory=dict)  # with the "database", the "list", the "lock"
+    problems: dict[str, str] = field(default_factory=dict)  # with the "database" and with the "list"
 
 
 class Database:
@@ -692,7 +657,7 @@ class Database:
         self.once = once  # then the file is read at the start only
         self.failing: dict[str, Fields] = {}
         self.delivered: dict[str, str] = {}  # these two only until they are written
-        self.failed: dict[str, tuple[int | None, str]] = {}
+        self.failed: Failures = {}
         self._turn = _Turn()
 
     @property
@@ -702,10 +667,9 @@ class Database:
 
     def start(self) -> Store:
         """Read the file and the list. Raises DatabaseError."""
-        store = _patiently(self.watch.read, PATIENCE)
-        self.deliveries.shorten(KEPT)
+        store = self._shown(_patiently(self.watch.read, PATIENCE))
         self.failing = {key: dict(record) for key, record in store.failing.items() if key in store.orders}
-        return self._shown(store)
+        return store
 
     def sync(self, soon: bool) -> Store | None:
         """Write what came of the orders, and see what others changed; what is new, or None.
@@ -743,17 +707,14 @@ class Database:
         except DatabaseError as error:
             return self._complain("list", str(error))
         self._complain("list", "")
+        self._turn.over |= self.delivered.keys()
         self.delivered.clear()
-        self._turn.over = True
-        self.deliveries.shorten(2 * KEPT)
+        self.deliveries.shorten()
 
     def _unwritten(self) -> bool:
         """Whether the file does not say yet what came of the orders."""
         turn = self._turn
-        return turn.over or bool(self.failed) or self._refused(turn.orders) != turn.failing
-
-    def _refused(self, orders: Container[str]) -> dict[str, Fields]:
-        return {task_id: record for task_id, record in self.failing.items() if task_id in orders}
+        return bool(turn.over or self.failed) or self.failing != turn.failing
 
     def _tried(self, step: Callable[[], Store]) -> Store | None:
         turn = self._turn
@@ -765,8 +726,8 @@ class Database:
         except Busy as error:  # somebody writes, or waits for an editor: no problem yet
             now = time.monotonic()
             turn.busy, turn.write = min(turn.busy, now), now + 0.2
-            if now >= turn.busy + PATIENCE and "lock" not in turn.problems:
-                self._complain("lock", str(error), logging.WARNING)
+            if now >= turn.busy + PATIENCE and "database" not in turn.problems:
+                self._complain("database", str(error), logging.WARNING)
         except HalfSaved:
             pass
         except DatabaseError as error:
@@ -777,7 +738,6 @@ class Database:
         turn = self._turn
         with lock(self.path, "lock", 0.2):
             turn.busy, begun = math.inf, time.monotonic()
-            self._complain("lock", "")
             try:
                 store, _ = _rewrite(self.watch, self._settle, 0)
             finally:
@@ -787,11 +747,9 @@ class Database:
 
     def _settle(self, store: Store) -> bool:
         """Let the file say what came of the orders; whether that changed it."""
-        over = self._over(store)
-        for task_id in over | self.failed.keys():
-            self.failing.pop(task_id, None)
-        changed = _end(store, over, self.failed)
-        return _set_failing(store, self._refused(store.orders)) or changed
+        changed = _end(store, self._over(store), self.failed)
+        self.failing = {key: record for key, record in self.failing.items() if key in store.orders}
+        return _set_failing(store, self.failing) or changed
 
     def _over(self, store: Store) -> set[str]:
         """The orders of the file that are delivered; says which of them somebody brought back.
@@ -801,8 +759,7 @@ class Database:
         """
         self.deliveries.refresh()
         over = store.orders.keys() & self.deliveries.ids
-        back = over - self._turn.orders
-        self._turn.orders = set(store.orders)
+        back, self._turn.over = over - self._turn.over, over
         if back:
             what = f"{len(back)} orders that had been delivered were"
             if len(back) == 1:
@@ -812,8 +769,7 @@ class Database:
 
     def _shown(self, store: Store) -> Store:
         """Remember what the file has; only what has not ended is the loop's business."""
-        over = self._over(store)
-        self._turn.failing, self._turn.over = store.failing, bool(over)
+        over, self._turn.failing = self._over(store), store.failing
         for task_id in (over | self.delivered.keys() | self.failed.keys()) & store.orders.keys():
             del store.orders[task_id]
         return store
@@ -833,7 +789,9 @@ class Database:
 
 
 def _real(path: Path | None) -> Path:
-    return Path(os.path.realpath(path or default_path()))  # a symbolic link stays one
+    """`path`, else DATABASE of the settings, beside this file wherever one calls from."""
+    path = path or HERE / settings().get("DATABASE", "database.json")
+    return Path(os.path.realpath(path))  # a symbolic link stays one
 
 
 def get_orders(path: Path | None = None) -> dict[str, Fields]:
@@ -862,48 +820,36 @@ def add_order(task_id: str, project_id: str | None = None, path: Path | None = N
 
 
 def remove_order(task_id: str, path: Path | None = None) -> None:
-    """Take a delivered order out."""
-    end_orders([task_id], {}, path)
-
-
-def end_orders(
-    delivered: Iterable[str], failed: Failures, path: Path | None = None, patience: float = PATIENCE
-) -> None:
-    """Take delivered orders out and move failed ones under "failed", all in one write.
-
-    What somebody took out meanwhile stays out. Where DatabaseError is raised, nothing has changed.
-    patience: seconds to wait for the lock.
-    """
-    delivered = list(delivered)  # `_end` may be called twice
-    _change(_real(path), lambda store: _end(store, delivered, failed), patience)
+    """Take an order out, where it still waits."""
+    _change(_real(path), lambda store: _end(store, [task_id], {}))
 
 
 def retry_orders(
-    task_ids: Iterable[str] | None = None,
+    task_id: str | None = None,
     path: Path | None = None,
     since: datetime | None = None,
     status: int | None = None,
 ) -> list[str]:
-    """Let failed orders wait again (None: all), and those named that were delivered; returns which.
+    """Let an order wait again that failed or was delivered, or (None) all that failed; returns which.
 
-    since, status: of the failed orders only those that failed since then, or with that HTTP status.
+    since, status: only those that failed since then, or with that HTTP status.
     """
     path, moved = _real(path), list[str]()
-    asked = None if task_ids is None else dict.fromkeys(task_ids)
 
     def edit(store: Store) -> bool:
         deliveries, failed = Deliveries(path), store.failed
         deliveries.refresh()
-        named = [task_id for task_id in (failed if asked is None else asked) if is_task_id(task_id)]
-        moved[:] = [key for key in named if key in failed and _matches(failed[key], since, status)]
-        moved.extend(task_id for task_id in named if task_id in deliveries and task_id not in failed)
-        if again := {task_id: "-" for task_id in moved if task_id in deliveries}:
+        named = [key for key in failed if is_task_id(key) and task_id in (None, key)]
+        moved[:] = [key for key in named if _matches(failed[key], since, status)]
+        if not named and task_id and task_id in deliveries.ids:
+            moved.append(task_id)
+        if again := {key: "-" for key in moved if key in deliveries.ids}:
             deliveries.add(again)  # before it waits, or the poller would take it out
-        for task_id in moved:
-            if task_id in failed:
-                _revive(store, task_id)
-            elif task_id not in store.orders:
-                _put(store, task_id, {}, new=True)
+        for key in moved:
+            if key in failed:
+                _revive(store, key)
+            elif key not in store.orders:
+                _put(store, key, {}, new=True)
         return bool(moved)  # also where it waits already: the running poller notices by that
 
     _change(path, edit)
@@ -943,7 +889,7 @@ def _show(name: str, orders: dict[str, Fields], *keys: str) -> None:
 def _list(path: Path) -> None:
     store, deliveries = read(path), Deliveries(path)
     deliveries.refresh()
-    waiting = {key: fields for key, fields in store.orders.items() if key not in deliveries}
+    waiting = {key: fields for key, fields in store.orders.items() if key not in deliveries.ids}
     refused = {key: waiting.pop(key) | record for key, record in store.failing.items() if key in waiting}
     print(path)
     _show("waiting", waiting, "projectID", "added")
@@ -971,8 +917,8 @@ def _run(given: argparse.Namespace, path: Path) -> None:
         else:
             print(f"{task_id} waited already, in {path}")
     else:
-        moved = retry_orders([task_id] if task_id else None, path, given.since, given.status)
-        if task_id and not moved:
+        moved = retry_orders(task_id, path, given.since, given.status)
+        if task_id is not None and not moved:
             raise ValueError(
                 f"{task_id} has neither failed nor been delivered; python db.py list shows what has"
             )

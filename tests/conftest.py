@@ -30,6 +30,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from sandbox import Sandbox  # noqa: E402
 
+import db  # noqa: E402
+
 # Python for `before`: short pauses; a line in the log for each file that is opened or renamed.
 QUICK = "db.LOOK = poller.SHORTEST_PAUSE = 0.1"
 WATCH = (
@@ -81,6 +83,11 @@ def eventually(true: Callable[[], Any], what: str = "", patience: float = PATIEN
             return value
         assert time.monotonic() < deadline, f"not within {patience} s: {what or true}"
         time.sleep(0.02)
+
+
+def end_orders(delivered: list[str], failed: db.Failures, path: Path) -> None:
+    """What the poller does with orders that have ended, but for the list of deliveries."""
+    db._change(path, lambda store: db._end(store, delivered, failed))
 
 
 class Home:

@@ -110,14 +110,14 @@ def test_outcomes_are_written_at_once_or_with_the_next_look(
     database.delivered["a"] = "a.png"
     store = database.sync(True)
     assert store and list(store.orders) == list(content(database)["orders"]) == ["b", "c"]
-    assert store.version == db.version(database.path)
+    assert not database.watch.changed()
     assert database.sync(True) is None  # what it wrote itself is no news
 
     database.failed["b"], database.delivered["c"] = (500, "No such item"), "c.png"
     time.sleep(0.1)  # after the pause that a write is followed by
     assert database.sync(False) is None
     assert list(content(database)["orders"]) == ["b", "c"]
-    assert "c" in database.deliveries  # that at once
+    assert "c" in database.deliveries.ids  # that at once
     begun = time.monotonic()
     while database.sync(False) is None:
         time.sleep(0.01)
@@ -183,7 +183,7 @@ def test_a_list_that_cannot_be_written_keeps_the_order_and_stops_nothing_else(
     database.deliveries.path.rmdir()
     told(database, lambda store: "a" not in content(database)["orders"])
     assert database.problem == ""
-    assert "a" in database.deliveries
+    assert "a" in database.deliveries.ids
     assert [line for line in said(caplog, logging.INFO) if line[1].startswith("over: ")]
     assert database.flush()
 
@@ -238,7 +238,7 @@ def test_what_is_refused_stands_under_failing_as_long_as_it_waits(database: db.D
     database.failing["c"] = dict(REFUSED)
     told(database, lambda store: "b" not in store.orders)
     assert content(database)["failing"] == {"c": REFUSED}
-    assert database.failing == {"gone": REFUSED, "c": REFUSED}  # of the ended orders it is forgotten
+    assert database.failing == {"c": REFUSED}  # of orders that wait no more it is forgotten
     del database.failing["c"]
     told(database, lambda store: "failing" not in store.data)
     assert "failing" not in content(database)
@@ -311,7 +311,7 @@ def test_an_order_to_be_had_again_is_not_taken_out(
     database.delivered["a"] = "a.png"
     database.sync(True)
     assert ("a" in content(database)["orders"]) != written
-    assert db.retry_orders(["a"], database.path) == ["a"]
+    assert db.retry_orders("a", database.path) == ["a"]
     store = told(database, lambda store: "a" in store.orders)
     assert (store.orders["a"] == {"projectID": "p"}) != written
     database._turn.write = 0.0
@@ -330,7 +330,7 @@ def test_each_of_many_retries_is_heard(database: db.Database) -> None:
     code = (
         "path, left = pathlib.Path(sys.argv[1]), 40\n"
         "while left:\n"
-        "    left -= bool(db.retry_orders(['a'], path))\n"
+        "    left -= bool(db.retry_orders('a', path))\n"
         "    time.sleep(0.003 * (left % 7))\n"
     )
     other = process(code, database.path)
@@ -487,7 +487,7 @@ def test_a_lock_that_another_has_is_no_error(
             database.sync(True)
             longest = max(longest, time.monotonic() - begun)
         assert longest < 0.4
-        assert "a" in database.deliveries
+        assert "a" in database.deliveries.ids
         save(database.path, {"orders": ["a", "b", "c", "typed"]})  # an editor knows of no lock
         assert "typed" in told(database, lambda store: True).orders
         assert said(caplog, logging.INFO) == []
@@ -503,6 +503,22 @@ def test_a_lock_that_another_has_is_no_error(
         other.stdin.close()
     told(database, lambda store: "a" not in content(database)["orders"])
     assert database.problem == ""
+
+
+def test_a_lock_that_nobody_waits_for_any_more_is_no_problem(
+    database: db.Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "PATIENCE", 0.0)
+    with process(HOLD, database.path) as other:
+        assert other.stdout and other.stdin
+        other.stdout.readline()
+        database.delivered["a"] = "a.png"
+        eventually(lambda: database.sync(True) or database.problem)
+        save(database.path, {"orders": ["b", "c"]})  # somebody else took it out
+        eventually(lambda: database.sync(True) or not database.problem)
+        (problem, over) = said(caplog, logging.INFO)
+        assert over == ("INFO", f"over: {problem[1]}")
+        other.stdin.close()
 
 
 def test_a_folder_that_takes_no_file_is_said_once(

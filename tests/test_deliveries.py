@@ -43,8 +43,8 @@ def test_a_delivery_is_a_line_beside_the_database(deliveries: db.Deliveries) -> 
     assert LINE.findall(text) == [("a", "a.png"), ("b", "b.pdf"), ("c", "c.zip")]
     assert "".join(match[0] for match in LINE.finditer(text)) == text
     assert len(deliveries.ids) == 3
-    assert "a" in deliveries
-    assert "d" not in deliveries
+    assert "a" in deliveries.ids
+    assert "d" not in deliveries.ids
     again = db.Deliveries(deliveries.database)
     again.refresh()
     assert again.ids == deliveries.ids == {"a", "b", "c"}
@@ -123,7 +123,7 @@ def test_what_another_process_wrote_is_noticed(deliveries: db.Deliveries) -> Non
     other = db.Deliveries(deliveries.database)
     deliveries.add({"a": "a.png"})
     other.add({"b": "b.png", "a": "-"})
-    assert "b" not in deliveries
+    assert "b" not in deliveries.ids
     deliveries.refresh()
     assert deliveries.ids == {"b"}
     # Another file in its place, and a shorter one.
@@ -173,18 +173,21 @@ def test_a_link_is_not_followed(deliveries: db.Deliveries) -> None:
 
 
 def test_the_newest_are_kept(deliveries: db.Deliveries, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(db, "KEPT", 100)
     lines = [line(f"t{number}", "-" if number == 150 else "") for number in range(250)]
     deliveries.path.write_text("".join(lines) + "2026-01-01")
     deliveries.path.chmod(0o640)
+    deliveries.refresh()
+    monkeypatch.setattr(db, "KEPT", 125)
     before = deliveries.path.stat().st_ino
-    deliveries.shorten(250)
+    deliveries.shorten()
     assert deliveries.path.stat().st_ino == before
+    monkeypatch.setattr(db, "KEPT", 100)
     with db.lock(deliveries.database, "lock", 0):  # somebody may be writing to it
-        deliveries.shorten(100)
+        deliveries.shorten()
         assert deliveries.path.read_text().startswith(lines[0])
-    deliveries.shorten(100)
+    deliveries.shorten()
     assert deliveries.path.read_text() == "".join(lines[150:])  # without the line that was cut off
+    deliveries.refresh()
     assert deliveries.ids == {f"t{number}" for number in range(151, 250)}
     assert deliveries.path.stat().st_mode & 0o777 == 0o640
     assert {file.name for file in deliveries.path.parent.iterdir()} == {
@@ -192,7 +195,7 @@ def test_the_newest_are_kept(deliveries: db.Deliveries, monkeypatch: pytest.Monk
         ".database.json.lock",
     }
     deliveries.add({"next": "next.png"})
-    assert "next" in deliveries
+    assert "next" in deliveries.ids
 
 
 def test_it_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +207,7 @@ def test_it_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         database.delivered[f"t{number}"] = f"t{number}.png"
         database.sync(False)
         most = max(most, database.deliveries.path.read_text().count("\n"))
-        assert f"t{number}" in database.deliveries
+        assert f"t{number}" in database.deliveries.ids
     assert 10 < most <= 21
     assert {f"t{number}" for number in range(90, 100)} <= database.deliveries.ids
 

@@ -11,6 +11,8 @@ import pytest
 from conftest import QUICK, Home, eventually
 from sandbox import PAGE, Request
 
+import db
+
 UTC = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 
 
@@ -28,6 +30,15 @@ def utc(seconds: float) -> str:
     """So many seconds from now."""
     when = datetime.now(timezone.utc) + timedelta(seconds=seconds)
     return when.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def test_what_was_delivered_is_counted_as_that_alone(home: Home) -> None:
+    """GraFx refused it for a while, and the poller was killed before the order left the file."""
+    record = {"status": 500, "error": "x", "since": utc(-60), "times": 2}
+    home.write({"orders": {"a": {}}, "failing": {"a": record}, "failed": {}})
+    db.Deliveries(home.database).add({"a": "a.png"})
+    assert ": 0 waiting, 0 failing, 0 failed, 1 delivered" in home.run("--once").log()
+    assert home.read() == {"orders": {}, "failed": {}}
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.5])

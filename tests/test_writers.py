@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Home, eventually
+from conftest import ROOT, Home, end_orders, eventually
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sandbox import Sandbox
@@ -122,7 +122,7 @@ def test_saved_while_a_change_is_written(tmp_path: Path, monkeypatch: pytest.Mon
             path.with_name("edited").replace(path)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    db.end_orders(["one"], {"two": (500, "no")}, path)
+    end_orders(["one"], {"two": (500, "no")}, path)
     assert len(typed) == edits
     assert db.read(path).orders.keys() == set(typed)
     assert db.read(path).failed.keys() == {"two"}
@@ -275,7 +275,7 @@ def survives(raw: bytes) -> bool:
         if not attempt(path, lambda: db.read(path)):
             for change in (
                 lambda: db.add_order("new", path=path),
-                lambda: db.end_orders(["a"], {"b": (None, "x")}, path, patience=0),
+                lambda: end_orders(["a"], {"b": (None, "x")}, path),
                 lambda: db.retry_orders(path=path),
             ):
                 assert not attempt(path, change)
@@ -287,7 +287,7 @@ def survives(raw: bytes) -> bool:
             assert without(exact(path.read_bytes()), {"new"})[: len(before[1])] == without(before, {"new"})
         assert db.get_orders(path).keys() == store.orders.keys() | {"new"}
         assert not db.add_order("new", path=path)
-        db.end_orders(
+        end_orders(
             ["a", "new", "never was"], {"b": (500, "no\n\ud800"), "never was either": (None, "")}, path
         )
         assert db.get_orders(path).keys() == store.orders.keys() - {"a", "b", "new"}
@@ -300,7 +300,7 @@ def survives(raw: bytes) -> bool:
                 record["order"].keys() if isinstance(record.get("order"), dict) else set()
             )
             assert kept >= store.orders["b"].keys()
-            assert db.retry_orders(["b"], path) == ["b"]
+            assert db.retry_orders("b", path) == ["b"]
             assert db.read(path).orders["b"] == store.orders["b"], "what a retry puts back is not what it was"
         refuse(path)
         retry(path)
@@ -458,7 +458,7 @@ def test_any_depth(inside: str) -> None:
         changes: list[Callable[[Path], object]] = [
             db.read,
             lambda path: db.add_order("new", path=path),
-            lambda path: db.end_orders(["new"], {"b": (500, "x")}, path),
+            lambda path: end_orders(["new"], {"b": (500, "x")}, path),
             lambda path: db.retry_orders(path=path),
         ]
         with left(("{" + inside % deep + "}").encode()) as path:
