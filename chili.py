@@ -10,7 +10,7 @@ Requests makes the pools of connections, by the proxies and certificates that th
 and cleans addresses. The pools themselves are asked directly: a question costs 0.17 ms that way, 0.32
 by `HTTPAdapter.send` and 0.57 by `Session.get` (CPU of one thread). So this leans on some of urllib3 that
 requests does not pin: `urlopen` and `ConnectionCls` of a pool, `response_class` of a connection,
-`length_remaining`, `chunked`, `drain_conn` and `release_conn` of a response; and on two private steps of
+`length_remaining`, `chunked`, `tell`, `drain_conn`, `release_conn` of a response; and on two private steps of
 `http.client.HTTPResponse`, `_read_status` and `_close_conn`, see `_FinalResponse`.
 """
 
@@ -326,7 +326,7 @@ class Answer:
 
     def __init__(self, connections: Connections, response: HTTPResponse, url: str, who: str) -> None:
         self.status, self.headers, self.url, self.who = response.status, response.headers, url, who
-        self._connections, self._response, self._came = connections, response, 0
+        self._connections, self._response = connections, response
         # By itself it would let another thread have its connection as soon as it is read.
         response.release_conn = lambda: None  # type: ignore[method-assign]
 
@@ -359,26 +359,19 @@ class Answer:
         """Bytes of its body, where it says so."""
         return None if self.coding else self._response.length_remaining
 
-    def read(self, size: int) -> bytes:
-        """So many bytes as they come, fewer at the end. Raises what urllib3 raises."""
-        data: bytes = self._response.read(size)
-        if self._came // PIECE != (self._came + len(data)) // PIECE:
-            self._connections.expect()  # not at each chunk, which may be a single byte
-        self._came += len(data)
-        return data
-
     def pieces(self) -> Iterator[bytes]:
-        """The body, each piece at most PIECE bytes. Raises AskAgainLater where it does not come whole."""
+        """The body, PIECE bytes at a time. Raises AskAgainLater where it does not come whole."""
         if self.coding not in ("", "gzip"):
             raise AskAgainLater(f"the answer is coded as {plain(self.coding)[:40]}, which nobody asked for")
         # urllib3's own decoding says nothing of a stream that ends too early.
-        source: Any = gzip.GzipFile(fileobj=self) if self.coding else self  # type: ignore[call-overload]
+        source: Any = gzip.GzipFile(fileobj=self._response) if self.coding else self._response
         total = self._response.length_remaining
         try:
             while piece := source.read(PIECE):
+                self._connections.expect()
                 yield piece
         except (HTTPError, http.client.HTTPException, OSError, EOFError, zlib.error) as error:
-            came = human(self._came)
+            came = human(self._response.tell())
             if total:
                 came = came.removesuffix(human(total)[human(total).index(" ") :]) + f" of {human(total)}"
             short = isinstance(

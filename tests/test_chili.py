@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import gzip
 import os
 import re
 import resource
@@ -714,6 +715,34 @@ def test_an_answer_that_is_cut_off_is_not_the_orders_fault(
 
     with pytest.raises(LATER):
         chili.order_done("a", grafx_at(wire(cut_off)), tmp_path)
+
+
+def test_gzip_with_zeros_behind_it_for_ever_is_given_up(
+    wire: Callable[..., Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pad(line: str, connection: socket.socket) -> bytes:
+        said = raw(line, connection, b"")
+        if not said:
+            connection.sendall(
+                b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
+            )
+            zeros = gzip.compress(b"{}")
+            while True:  # until nobody listens any more
+                connection.sendall(b"%x\r\n%s\r\n" % (len(zeros), zeros))
+                zeros = bytes(chili.PIECE)
+                time.sleep(0.1)
+        return said
+
+    monkeypatch.setattr(chili, "ANSWER_TIME", 2)
+    grafx = grafx_at(wire(pad))
+    with ThreadPoolExecutor() as thread:
+        answer = thread.submit(chili.order_done, "a", grafx, tmp_path)
+        deadline = time.monotonic() + 30
+        while not answer.done():
+            grafx.connections.cut(everything=time.monotonic() > deadline)
+            time.sleep(0.05)
+    assert isinstance(answer.exception(), LATER)
+    assert time.monotonic() < deadline
 
 
 def test_what_follows_a_bad_file_is_not_the_next_orders_answer(
