@@ -17,7 +17,6 @@ requests does not pin: `urlopen` and `ConnectionCls` of a pool, `response_class`
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import errno
 import functools
 import gzip
@@ -40,7 +39,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import requests
 from requests.adapters import HTTPAdapter
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
-from urllib3 import HTTPResponse, Timeout
+from urllib3 import HTTPResponse, Retry, Timeout
 from urllib3.exceptions import HTTPError, IncompleteRead, MaxRetryError, ProxyError
 
 AUDIENCE = "https://chiligrafx.com"
@@ -394,13 +393,11 @@ class Answer:
 
     def pause(self) -> float | None:
         """Seconds, from either form of Retry-After, RFC 9110, section 10.2.3; else None."""
-        value = self.headers.get("Retry-After", "").strip()
-        date = email.utils.parsedate_to_datetime
         try:
-            seconds = float(value) if value.isdigit() else date(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
+            seconds = Retry().get_retry_after(self._response)
+        except (HTTPError, ValueError, OverflowError):
             return None
-        return min(max(seconds, 0.0), LONGEST_PAUSE)
+        return None if seconds is None else min(seconds, LONGEST_PAUSE)
 
     @property
     def redirects(self) -> bool:
