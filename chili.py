@@ -233,9 +233,7 @@ class Connections(HTTPAdapter):
             )  # fmt: skip
             outcome = response.status
             return Answer(self, response, url, who)
-        except (
-            requests.RequestException, HTTPError, http.client.HTTPException, ValueError, OSError,
-        ) as error:  # fmt: skip
+        except (HTTPError, http.client.HTTPException, ValueError, OSError) as error:  # requests' are OSErrors
             self.done()
             trouble = _no_answer(who, where[1], pool and pool.proxy, error)
             outcome = str(trouble)
@@ -470,8 +468,7 @@ class Pace:
 @dataclass(eq=False)
 class _Token:
     value: str = field(repr=False)
-    issued: float  # monotonic seconds, as are these
-    renew: float
+    renew: float  # monotonic seconds, as is the next
     ends: float
     worked: bool = False  # GraFx has taken it
 
@@ -545,7 +542,7 @@ class DangerousToken:
         self.issued = True
         _secrets.extend((self._secret, value))
         now = time.monotonic()
-        return _Token(value, now, now + lasts - min(TOKEN_MARGIN, lasts / 2), now + lasts)
+        return _Token(value, now + lasts - min(TOKEN_MARGIN, lasts / 2), now + lasts)
 
 
 # --- one environment -------------------------------------------------------------------------
