@@ -38,7 +38,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from requests.utils import DEFAULT_CA_BUNDLE_PATH
+from requests.utils import DEFAULT_CA_BUNDLE_PATH, urldefragauth
 from urllib3 import HTTPResponse, Retry, Timeout
 from urllib3.exceptions import HTTPError, IncompleteRead, MaxRetryError, ProxyError
 
@@ -151,16 +151,15 @@ def _origin(server: str) -> tuple[str, str, int]:
 
 
 def cleaned(url: str) -> str:
-    """`url` as requests makes it, without a user's name and password.
+    """`url` as requests makes it, without a user's name and password, and without its fragment.
 
     Raises ValueError for what is no http or https address.
     """
     request = requests.PreparedRequest()
     request.prepare_url(url, None)
-    url = str(request.url)
+    url = urldefragauth(str(request.url))
     origin(url)
-    user, at, _ = url.split("/", 3)[2].rpartition("@")
-    return url.replace(user + at, "", 1)
+    return url
 
 
 # --- one request -----------------------------------------------------------------------------
@@ -241,7 +240,7 @@ class Connections(HTTPAdapter):
         finally:
             if log.isEnabledFor(logging.DEBUG):  # no query: a signed link's signature is a secret, too
                 took = (time.monotonic() - began) * 1000
-                log.debug("%s %s: %s, %.0f ms", method, plain(re.split("[?#]", url)[0]), outcome, took)
+                log.debug("%s %s: %s, %.0f ms", method, plain(url.partition("?")[0]), outcome, took)
 
     def _pool(self, where: tuple[str, str, int]) -> Any:
         """The connections to a server. Looked up once: to find its proxy and its certificates is slow."""
