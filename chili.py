@@ -376,17 +376,18 @@ class Answer:
             said = "" if short else f" ({_reason(error)})"
             raise AskAgainLater(f"the answer broke off: {came} came{said}") from None
 
-    def json(self) -> Any:
-        """A small answer's JSON; None for none, for other text and for more than ANSWER_SIZE."""
+    def json(self) -> dict[str, Any]:
+        """A small answer's JSON object; empty for all else, and for more than ANSWER_SIZE."""
         body = bytearray()
         for piece in self.pieces():
             body += piece
             if len(body) > ANSWER_SIZE:
-                return None
+                return {}
         try:
-            return json.loads(body) if body else None
+            said = json.loads(body)
         except (ValueError, RecursionError):
-            return None
+            return {}
+        return said if isinstance(said, dict) else {}
 
     def pause(self) -> float | None:
         """Seconds, from either form of Retry-After, RFC 9110, section 10.2.3; else None."""
@@ -412,8 +413,7 @@ class Answer:
         """What an answer that is neither 200 nor 204 means, in one line. Raises AskAgainLater."""
         plainly = f"{what}{self.who} answered {self}"
         passing = self.status in (401, 407, 408, 425, 429) or not 400 <= self.status <= 500
-        answer = None if passing else self.json()
-        problem = answer if isinstance(answer, dict) else {}  # RFC 9457
+        problem = {} if passing else self.json()  # RFC 9457
         said = ": ".join(plain(problem[key]) for key in ("title", "detail") if problem.get(key))
         if passing or (self.status == 500 and not said):
             return AskAgainLater(plainly, pause=self.pause() if self.who == GRAFX else None)
@@ -515,8 +515,7 @@ class DangerousToken:
         try:
             url = cleaned(self._url)
             with self._connections.ask(TOKEN_SERVER, "POST", url, headers, json.dumps(form)) as answer:
-                said = answer.json()
-                return self._read(answer, said if isinstance(said, dict) else {})
+                return self._read(answer, answer.json())
         except CredentialsRefused:
             raise
         except AskAgainLater as error:
@@ -627,12 +626,12 @@ def try_out(grafx: GraFx) -> str:
         if origin(answer.url) != grafx.home:
             raise AskAgainLater(f"{grafx.base_url} redirects to {origin(answer.url)[1]}: look at BASEURL")
         said = answer.json()
-        known = answer.status in (200, 404) and isinstance(said, dict)
-        if not known and answer.status != 204:
-            page = "" if isinstance(said, dict) else " without a word of GraFx's own"
-            words = plain(said.get("detail") or said.get("title") or "") if isinstance(said, dict) else ""
-            raise AskAgainLater(f"{grafx.base_url} answered {answer}{page} {words}".rstrip() + f": {mend}")
-        return f"{grafx.base_url} answers"
+        if answer.status == 204 or (answer.status in (200, 404) and said):
+            return f"{grafx.base_url} answers"
+        words = "without a word of GraFx's own"
+        if said:
+            words = plain(said.get("detail") or said.get("title") or "")
+        raise AskAgainLater(f"{grafx.base_url} answered {answer} {words}".rstrip() + f": {mend}")
 
 
 # --- the order -------------------------------------------------------------------------------
@@ -664,15 +663,13 @@ def order_done(
 def _download_link(answer: Answer, task_id: str) -> str:
     """Where a finished task's file is. Raises OrderRefused, AskAgainLater."""
     said = answer.json()
-    try:
-        about = said["data"]["taskId"]
-    except (LookupError, TypeError):
-        about = None
+    data = said.get("data")
+    about = data.get("taskId") if isinstance(data, dict) else None
     if isinstance(about, str) and about.casefold() != task_id.casefold():
         raise AskAgainLater(f"the answer was another task's: {plain(about)[:80]}")
     try:
         return cleaned(said["links"]["download"])
-    except (LookupError, ValueError, AttributeError, TypeError):
+    except (KeyError, TypeError, ValueError):
         answer.must_end()
         raise OrderRefused("GraFx says finished, but gives no download link", 200) from None
 
