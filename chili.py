@@ -505,7 +505,8 @@ class DangerousToken:
                     self._error = (time.monotonic() + (error.pause or 0.0), error)
                     if token is None or token is refused or time.monotonic() >= token.ends:
                         raise
-                    token.renew = time.monotonic() + TOKEN_MARGIN / 10  # it is still good for a while
+                    # It is still good for a while.
+                    token.renew = time.monotonic() + max(TOKEN_MARGIN / 10, error.pause or 0.0)
             return token
 
     def _fetch(self) -> _Token:

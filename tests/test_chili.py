@@ -389,6 +389,18 @@ def test_it_is_renewed_before_its_end(grafx: Sandbox, tmp_path: Path) -> None:
     assert 120 <= chili.TOKEN_MARGIN <= 600  # where it lasts longer
 
 
+def test_while_it_is_good_a_renewal_that_fails_stands_in_nobodys_way(
+    ask: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = ask.grafx.add("never")
+    ask.environment.token.get().renew = 0.0
+    ask.grafx.fault("token", "status-429", times=None, retry_after="300")
+    monkeypatch.setattr(chili, "TOKEN_MARGIN", 0.0)  # the endpoint wants a longer pause than that
+    assert [ask(task), ask(task)] == [False, False]
+    assert [request.status for request in ask.asked("token")] == [200, 429]
+    assert {request.status for request in ask.asked("task")} == {204}
+
+
 def test_a_401_fetches_a_new_one_and_repeats_the_request(ask: Asker) -> None:
     """The endpoint caches, so the new one may be the old one."""
     ask.grafx.fault("task", "status-401")
