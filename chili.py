@@ -208,8 +208,10 @@ class Connections(HTTPAdapter):
     """
 
     def __init__(self, size: int) -> None:
-        super().__init__(pool_maxsize=size)
-        self._pools: dict[tuple[str, str, int], Any] = {}
+        super().__init__(pool_connections=1, pool_maxsize=size)
+        # Looked up once: to find a server's proxy and its certificates is slow. urllib3 closes the idle
+        # connections of a pool that nobody has any more.
+        self._pool = functools.lru_cache(SERVERS)(self._new_pool)
         self._reading: dict[int, tuple[float, socket.socket]] = {}  # thread: (monotonic, its socket)
 
     def ask(
@@ -224,7 +226,7 @@ class Connections(HTTPAdapter):
         began = time.monotonic()
         where, outcome, pool = origin(url), "", None
         try:
-            pool = self._pool(where)
+            pool = self._pool(*where)
             target = url if pool.proxy and where[0] == "http" else f"/{url.split('/', 3)[3]}"
             response = pool.urlopen(
                 method, target, body, headers, timeout=TIMEOUT, retries=self.max_retries, redirect=False,
@@ -242,15 +244,6 @@ class Connections(HTTPAdapter):
                 took = (time.monotonic() - began) * 1000
                 log.debug("%s %s: %s, %.0f ms", method, plain(url.partition("?")[0]), outcome, took)
 
-    def _pool(self, where: tuple[str, str, int]) -> Any:
-        """The connections to a server. Looked up once: to find its proxy and its certificates is slow."""
-        pool = self._pools.get(where)
-        if pool is None:
-            if len(self._pools) >= SERVERS:
-                self.close()
-            pool = self._pools[where] = self._new_pool(*where)
-        return pool
-
     def _new_pool(self, scheme: str, host: str, port: int) -> Any:
         url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
         found = requests.Session().merge_environment_settings(url, {}, None, None, None)
@@ -264,7 +257,7 @@ class Connections(HTTPAdapter):
             raise OSError("HTTPS_PROXY or HTTP_PROXY is no address of an HTTP proxy") from None
         expect = self.expect
 
-        class Connection(pool.ConnectionCls):  # type: ignore[misc]
+        class Connection(type(pool).ConnectionCls):  # type: ignore[misc]
             response_class = _FinalResponse
 
             def getresponse(self, *args: Any, **kwargs: Any) -> Any:
@@ -273,11 +266,6 @@ class Connections(HTTPAdapter):
 
         pool.ConnectionCls = Connection
         return pool
-
-    def close(self) -> None:
-        """Forget all connections: idle ones end now, others with their answers."""
-        self._pools = {}  # urllib3 closes a pool that nobody has any more
-        super().close()
 
     def expect(self, sock: socket.socket | None = None) -> None:
         """This thread now waits for the next piece of its answer, from `sock` or the last one."""
