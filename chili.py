@@ -258,11 +258,9 @@ class Connections(HTTPAdapter):
         expect = self.expect
 
         class Connection(type(pool).ConnectionCls):  # type: ignore[misc]
-            response_class = _FinalResponse
-
-            def getresponse(self, *args: Any, **kwargs: Any) -> Any:
-                expect(self.sock)
-                return super().getresponse(*args, **kwargs)
+            def response_class(self, sock: Any, *args: Any, **kwargs: Any) -> Any:
+                expect(sock)  # also for a proxy's answer to CONNECT
+                return _FinalResponse(sock, *args, **kwargs)
 
         pool.ConnectionCls = Connection
         return pool
@@ -270,8 +268,7 @@ class Connections(HTTPAdapter):
     def expect(self, sock: socket.socket | None = None) -> None:
         """This thread now waits for the next piece of its answer, from `sock` or the last one."""
         thread = threading.get_ident()
-        with contextlib.suppress(KeyError):
-            self._reading[thread] = (time.monotonic() + ANSWER_TIME, sock or self._reading[thread][1])
+        self._reading[thread] = (time.monotonic() + ANSWER_TIME, sock or self._reading[thread][1])
 
     def cut(self, everything: bool = False) -> None:
         """End the answers that are overdue, or all; their threads go on with an AskAgainLater."""

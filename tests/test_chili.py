@@ -697,6 +697,30 @@ def test_a_proxy_may_be_spoken_to_by_tls(
         assert isinstance(answer.result(), LATER)
 
 
+def test_a_proxy_that_trickles_is_given_up(
+    wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endured: list[bool] = []
+
+    def trickle(_: str, connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nVia: ")
+        for _byte in range(1000):
+            connection.sendall(b"x")
+            time.sleep(0.02)
+        endured.append(True)
+
+    monkeypatch.setenv("HTTPS_PROXY", wire(trickle).url)
+    monkeypatch.setattr(chili, "ANSWER_TIME", 0.5)
+    connections = chili.Connections(1)
+    with ThreadPoolExecutor() as thread:
+        answer = thread.submit(connections.ask, "it", "GET", "https://grafx.invalid/", chili.HEADERS)
+        while not answer.done():
+            connections.cut()
+            time.sleep(0.05)
+    assert isinstance(answer.exception(), LATER)
+    assert endured == []
+
+
 # --- what servers do to a connection ---------------------------------------------------------
 
 
