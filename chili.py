@@ -560,49 +560,50 @@ class GraFx:
 
         Raises AskAgainLater, OrderRefused.
         """
-        refused = None
-        for _ in range(REDIRECTS + 3):  # and a change to https, and a new token
+        for _ in range(REDIRECTS + 1):
             # Compared is what requests made of the address, since that is where it connects to:
             # it and urlsplit do not agree on whose "http://one\\@two/" is.
-            scheme, host, port = origin(url)
+            scheme, host, port = where = origin(url)
             if (self.home[0], scheme, host) == ("https", "http", self.home[1]) and port in (80, self.home[2]):
                 # A server behind a TLS proxy may not know that it is.
                 url = urlsplit(url)._replace(scheme="https", netloc=urlsplit(self.base_url).netloc).geturl()
-            if origin(url) != self.home:
-                answer = self.connections.ask(DOWNLOAD, "GET", url, HEADERS)
+                where = self.home
+            if where == self.home:
+                answer = self._ask_home(url)
             else:
-                token = self.token.get(refused)
-                answer = self._ask_home(url, token)
-                if answer.status == 401:
-                    with answer:
-                        self._whose_fault(token, refused)
-                    refused = token
-                    continue
+                answer = self.connections.ask(DOWNLOAD, "GET", url, HEADERS)
             if not answer.redirects:
                 return answer
             with answer:
                 url = answer.redirect()
         raise AskAgainLater("redirected in circles")
 
-    def _ask_home(self, url: str, token: _Token) -> Answer:
+    def _ask_home(self, url: str) -> Answer:
+        """With the token; where that is refused, with a new one. Raises AskAgainLater, OrderRefused."""
+        refused = None
+        while True:
+            token = self.token.get(refused)
+            answer = self._ask_with(token, url)
+            if answer.status != 401:
+                return answer
+            with answer:
+                if (refused or token.worked) and self._takes(token):
+                    raise OrderRefused("GraFx takes the token for other tasks, but not for this one", 401)
+                if refused:
+                    raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared=True)
+            refused = token
+
+    def _takes(self, token: _Token) -> bool:
+        """Whether GraFx takes the token for a task that cannot exist: then a 401 was the order's own."""
+        with self._ask_with(token, self.tasks + NOBODYS) as answer:
+            return answer.status != 401
+
+    def _ask_with(self, token: _Token, url: str) -> Answer:
         turn = self.pace.wait()
         answer = self.connections.ask(GRAFX, "GET", url, HEADERS | {"Authorization": f"Bearer {token.value}"})
         self.pace.heard(answer.status, turn)
         token.worked = token.worked or answer.status < 400
         return answer
-
-    def _whose_fault(self, token: _Token, before: _Token | None) -> None:
-        """A 401: returns where a new token is worth a try; else raises OrderRefused, AskAgainLater.
-
-        before: the token that was refused just before this one, for the same address. A task that cannot
-        exist shows whether GraFx takes the token: if so, it is the order's own refusal.
-        """
-        if before or token.worked:
-            with self._ask_home(self.tasks + NOBODYS, token) as answer:
-                if answer.status != 401:
-                    raise OrderRefused("GraFx takes the token for other tasks, but not for this one", 401)
-        if before:
-            raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared=True)
 
 
 def try_out(grafx: GraFx) -> str:
