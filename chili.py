@@ -596,7 +596,7 @@ class GraFx:
     def _takes(self, token: _Token) -> bool:
         """Whether GraFx takes the token for a task that cannot exist: then a 401 was the order's own."""
         with self._ask_with(token, self.tasks + NOBODYS) as answer:
-            return answer.status != 401
+            return answer.status < 500 and answer.status not in (401, 429)
 
     def _ask_with(self, token: _Token, url: str) -> Answer:
         turn = self.pace.wait()

@@ -420,6 +420,17 @@ def test_a_401_to_a_token_that_is_taken_for_others_is_the_orders_own(ask: Asker,
     assert len(ask.asked("token")) == 1
 
 
+@pytest.mark.parametrize("status", [429, 502, 503])
+def test_a_401_is_not_the_orders_own_where_others_are_not_answered_at_all(ask: Asker, status: int) -> None:
+    assert ask(ask.grafx.add("never")) is False
+    task = ask.grafx.add()
+    ask.grafx.fault("task", "status-401", times=None, task_id=task)
+    ask.grafx.fault("task", f"status-{status}", times=None, task_id=chili.NOBODYS)
+    error = ask.fails(task)
+    assert isinstance(error, LATER)
+    assert error.shared
+
+
 def test_a_token_that_is_refused_twice_stands_in_every_orders_way(ask: Asker) -> None:
     ask.grafx.stubborn = True
     task = ask.grafx.add()
