@@ -413,7 +413,7 @@ class Pace:
     """
 
     SLOWER, FASTER = 2.0, 1.03
-    LONGEST, SHORTEST = 1.0, 0.001  # seconds; below the shortest there is none
+    LONGEST, SHORTEST = 1.0, 0.001  # seconds; a refusal doubles at least the shortest
     IDLE = 0.05  # seconds: longer than that it was not GraFx that was waited for
 
     def __init__(self) -> None:
@@ -440,10 +440,8 @@ class Pace:
                 if asked >= self._slowed:  # else it was on its way when another one was refused
                     slower = self.SLOWER * max(self._between, self._usual, self.SHORTEST)
                     self._between, self._slowed = min(self.LONGEST, slower), time.monotonic()
-            elif status < 400 and self._between:
+            elif status < 400:
                 self._between /= self.FASTER
-                if self._between < self.SHORTEST:
-                    self._between = 0.0
 
 
 # --- the token -------------------------------------------------------------------------------
