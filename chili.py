@@ -139,12 +139,7 @@ def _reason(error: BaseException) -> str:
 
 def origin(url: str) -> tuple[str, str, int]:
     """Scheme, host and port. Raises ValueError for what is no http or https address."""
-    return _origin("/".join(url.split("/", 3)[:3]))  # remembered, so without what differs for each task
-
-
-@functools.lru_cache(maxsize=64)
-def _origin(server: str) -> tuple[str, str, int]:
-    parts = urlsplit(server)
+    parts = urlsplit("/".join(url.split("/", 3)[:3]))  # which remembers what does not differ for each task
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("no http address")
     return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
@@ -224,10 +219,11 @@ class Connections(HTTPAdapter):
         body whatever its size.
         """
         began = time.monotonic()
-        where, outcome, pool = origin(url), "", None
+        outcome, pool = "", None
+        *server, path = url.split("/", 3)
         try:
-            pool = self._pool(*where)
-            target = url if pool.proxy and where[0] == "http" else f"/{url.split('/', 3)[3]}"
+            pool = self._pool("/".join(server))
+            target = url if pool.proxy and url.startswith("http:") else f"/{path}"
             response = pool.urlopen(
                 method, target, body, headers, timeout=TIMEOUT, retries=self.max_retries, redirect=False,
                 assert_same_host=False, preload_content=False, decode_content=False,
@@ -236,7 +232,7 @@ class Connections(HTTPAdapter):
             return Answer(self, response, url, who)
         except (HTTPError, http.client.HTTPException, ValueError, OSError) as error:  # requests' are OSErrors
             self.done()
-            trouble = _no_answer(who, where[1], pool and pool.proxy, error)
+            trouble = _no_answer(who, origin(url)[1], pool and pool.proxy, error)
             outcome = str(trouble)
             raise trouble from None
         finally:
@@ -244,7 +240,8 @@ class Connections(HTTPAdapter):
                 took = (time.monotonic() - began) * 1000
                 log.debug("%s %s: %s, %.0f ms", method, plain(url.partition("?")[0]), outcome, took)
 
-    def _new_pool(self, scheme: str, host: str, port: int) -> Any:
+    def _new_pool(self, server: str) -> Any:
+        scheme, host, port = origin(server)  # NO_PROXY may name the port
         url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
         found = requests.Session().merge_environment_settings(url, {}, None, None, None)
         bundle = DEFAULT_CA_BUNDLE_PATH if found["verify"] is True else str(found["verify"])
