@@ -40,7 +40,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from requests.utils import DEFAULT_CA_BUNDLE_PATH, urldefragauth
 from urllib3 import HTTPResponse, Retry, Timeout
-from urllib3.exceptions import HTTPError, IncompleteRead, MaxRetryError, ProxyError
+from urllib3.exceptions import HTTPError, MaxRetryError, ProxyError
 
 AUDIENCE = "https://chiligrafx.com"
 TIMEOUT = Timeout(connect=10.0, read=30.0)  # seconds; read: between two pieces of an answer
@@ -285,13 +285,10 @@ def _no_answer(who: str, host: str, proxy: Any, error: Exception) -> AskAgainLat
     if proxy and isinstance(getattr(error, "reason", None), ProxyError):
         return AskAgainLater(f"the proxy {proxy.host}:{proxy.port} is unreachable: {reason}", shared=True)
     if proxy and reason.startswith("Tunnel connection failed"):
-        return AskAgainLater(
-            f"the proxy {proxy.host}:{proxy.port} lets nobody through: {reason}", shared=True
-        )
-    shared = connecting and who != DOWNLOAD
-    return AskAgainLater(
-        f"{who} {'is unreachable' if connecting else 'gave no answer'}: {host}: {reason}", shared
-    )
+        trouble = f"the proxy {proxy.host}:{proxy.port} lets nobody through: {reason}"
+        return AskAgainLater(trouble, shared=True)
+    trouble = f"{who} {'is unreachable' if connecting else 'gave no answer'}: {host}: {reason}"
+    return AskAgainLater(trouble, shared=connecting and who != DOWNLOAD)
 
 
 class Answer:
@@ -304,6 +301,7 @@ class Answer:
 
     def __init__(self, connections: Connections, response: HTTPResponse, url: str, who: str) -> None:
         self.status, self.headers, self.url, self.who = response.status, response.headers, url, who
+        self.location = response.get_redirect_location() or ""
         self._connections, self._response = connections, response
         # By itself it would let another thread have its connection as soon as it is read.
         response.release_conn = lambda: None  # type: ignore[method-assign]
@@ -351,11 +349,10 @@ class Answer:
         except (HTTPError, http.client.HTTPException, OSError, EOFError, zlib.error) as error:
             came = human(self._response.tell())
             if total:
-                came = came.removesuffix(human(total)[human(total).index(" ") :]) + f" of {human(total)}"
-            short = isinstance(
-                error.args[-1] if error.args else None, (IncompleteRead, http.client.IncompleteRead)
-            )
-            said = "" if short else f" ({_reason(error)})"
+                unit = human(total).partition(" ")[2]
+                came = f"{came.removesuffix(f' {unit}')} of {human(total)}"
+            cause = error.args[-1] if error.args else None
+            said = "" if isinstance(cause, http.client.IncompleteRead) else f" ({_reason(error)})"
             raise AskAgainLater(f"the answer broke off: {came} came{said}") from None
 
     def json(self) -> dict[str, Any]:
@@ -379,15 +376,11 @@ class Answer:
             return None
         return None if seconds is None else min(seconds, LONGEST_PAUSE)
 
-    @property
-    def redirects(self) -> bool:
-        return bool(self._response.get_redirect_location())
-
     def redirect(self) -> str:
-        """Where else to ask. Raises AskAgainLater."""
+        """Where else to ask, by its `location`. Raises AskAgainLater."""
         self.json()  # so that the connection can be used again
         try:
-            return cleaned(urljoin(self.url, str(self._response.get_redirect_location())))
+            return cleaned(urljoin(self.url, self.location))
         except ValueError:
             raise AskAgainLater("redirected to what is no http address") from None
 
@@ -567,7 +560,7 @@ class GraFx:
                 answer = self._ask_home(url)
             else:
                 answer = self.connections.ask(DOWNLOAD, "GET", url, HEADERS)
-            if not answer.redirects:
+            if not answer.location:
                 return answer
             with answer:
                 url = answer.redirect()
@@ -661,8 +654,8 @@ def _download_link(answer: Answer, task_id: str) -> str:
 
 def find_file(orders_dir: Path, task_id: str) -> Path | None:
     """The file of a task where it has been delivered."""
-    stem = f"{orders_dir}/{task_id}."  # as text, since pathlib takes ten times as long
-    for name in [stem + extension for extension in FORMATS]:
+    for extension in FORMATS:
+        name = f"{orders_dir}/{task_id}.{extension}"  # as text, since pathlib takes ten times as long
         if os.access(name, os.F_OK) and Path(name).is_file():
             return Path(name)
     return None
