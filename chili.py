@@ -336,7 +336,7 @@ class Answer:
         return None if self.coding else self._response.length_remaining
 
     def pieces(self) -> Iterator[bytes]:
-        """The body, PIECE bytes at a time. Raises AskAgainLater where it does not come whole."""
+        """The body, PIECE bytes at a time, fewer at its end. Raises AskAgainLater where it is not whole."""
         if self.coding not in ("", "gzip"):
             raise AskAgainLater(f"the answer is coded as {plain(self.coding)[:40]}, which nobody asked for")
         # urllib3's own decoding says nothing of a stream that ends too early.
@@ -693,6 +693,7 @@ def _save(answer: Answer, orders_dir: Path, task_id: str, progress: Progress) ->
             for piece in answer.pieces():
                 file.write(piece)
                 size, first, last = size + len(piece), (first + piece)[:16], (last + piece)[-len(PNG_END) :]
+                # Fewer than 16 may be all that came before it breaks off, which says nothing of the file.
                 extension = extension or (_extension(says, first) if len(first) == 16 else "")
                 progress(size, total)
             extension = extension or _extension(says, first)
