@@ -10,14 +10,13 @@ Requests makes the pools of connections, by the proxies and certificates that th
 and cleans addresses. The pools themselves are asked directly: a question costs 0.17 ms that way, 0.32
 by `HTTPAdapter.send` and 0.57 by `Session.get` (CPU of one thread). So this leans on some of urllib3 that
 requests does not pin: `urlopen` and `ConnectionCls` of a pool, `response_class` of a connection,
-`length_remaining`, `chunked`, `drain_conn` and `release_conn` of a response; and on two private steps of
+`length_remaining`, `chunked`, `tell`, `drain_conn`, `release_conn` of a response; and on two private steps of
 `http.client.HTTPResponse`, `_read_status` and `_close_conn`, see `_FinalResponse`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import errno
 import functools
 import gzip
@@ -39,9 +38,9 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from requests.utils import DEFAULT_CA_BUNDLE_PATH
-from urllib3 import HTTPResponse, Timeout
-from urllib3.exceptions import HTTPError, IncompleteRead, MaxRetryError, ProxyError
+from requests.utils import DEFAULT_CA_BUNDLE_PATH, urldefragauth
+from urllib3 import HTTPResponse, Retry, Timeout
+from urllib3.exceptions import HTTPError, MaxRetryError, ProxyError
 
 AUDIENCE = "https://chiligrafx.com"
 TIMEOUT = Timeout(connect=10.0, read=30.0)  # seconds; read: between two pieces of an answer
@@ -140,28 +139,22 @@ def _reason(error: BaseException) -> str:
 
 def origin(url: str) -> tuple[str, str, int]:
     """Scheme, host and port. Raises ValueError for what is no http or https address."""
-    return _origin("/".join(url.split("/", 3)[:3]))  # remembered, so without what differs for each task
-
-
-@functools.lru_cache(maxsize=64)
-def _origin(server: str) -> tuple[str, str, int]:
-    parts = urlsplit(server)
+    parts = urlsplit("/".join(url.split("/", 3)[:3]))  # which remembers what does not differ for each task
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("no http address")
     return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def cleaned(url: str) -> str:
-    """`url` as requests makes it, without a user's name and password.
+    """`url` as requests makes it, without a user's name and password, and without its fragment.
 
     Raises ValueError for what is no http or https address.
     """
     request = requests.PreparedRequest()
     request.prepare_url(url, None)
-    url = str(request.url)
+    url = urldefragauth(str(request.url))
     origin(url)
-    user, at, _ = url.split("/", 3)[2].rpartition("@")
-    return url.replace(user + at, "", 1)
+    return url
 
 
 # --- one request -----------------------------------------------------------------------------
@@ -210,8 +203,10 @@ class Connections(HTTPAdapter):
     """
 
     def __init__(self, size: int) -> None:
-        super().__init__(pool_maxsize=size)
-        self._pools: dict[tuple[str, str, int], Any] = {}
+        super().__init__(pool_connections=1, pool_maxsize=size)
+        # Looked up once: to find a server's proxy and its certificates is slow. urllib3 closes the idle
+        # connections of a pool that nobody has any more.
+        self._pool = functools.lru_cache(SERVERS)(self._new_pool)
         self._reading: dict[int, tuple[float, socket.socket]] = {}  # thread: (monotonic, its socket)
 
     def ask(
@@ -224,38 +219,29 @@ class Connections(HTTPAdapter):
         body whatever its size.
         """
         began = time.monotonic()
-        where, outcome, pool = origin(url), "", None
+        outcome, pool = "", None
+        *server, path = url.split("/", 3)
         try:
-            pool = self._pool(where)
-            target = url if pool.proxy and where[0] == "http" else f"/{url.split('/', 3)[3]}"
+            pool = self._pool("/".join(server))
+            target = url if pool.proxy and url.startswith("http:") else f"/{path}"
             response = pool.urlopen(
                 method, target, body, headers, timeout=TIMEOUT, retries=self.max_retries, redirect=False,
                 assert_same_host=False, preload_content=False, decode_content=False,
             )  # fmt: skip
             outcome = response.status
             return Answer(self, response, url, who)
-        except (
-            requests.RequestException, HTTPError, http.client.HTTPException, ValueError, OSError,
-        ) as error:  # fmt: skip
+        except (HTTPError, http.client.HTTPException, ValueError, OSError) as error:  # requests' are OSErrors
             self.done()
-            trouble = _no_answer(who, where[1], pool and pool.proxy, error)
+            trouble = _no_answer(who, origin(url)[1], pool and pool.proxy, error)
             outcome = str(trouble)
             raise trouble from None
         finally:
             if log.isEnabledFor(logging.DEBUG):  # no query: a signed link's signature is a secret, too
                 took = (time.monotonic() - began) * 1000
-                log.debug("%s %s: %s, %.0f ms", method, plain(re.split("[?#]", url)[0]), outcome, took)
+                log.debug("%s %s: %s, %.0f ms", method, plain(url.partition("?")[0]), outcome, took)
 
-    def _pool(self, where: tuple[str, str, int]) -> Any:
-        """The connections to a server. Looked up once: to find its proxy and its certificates is slow."""
-        pool = self._pools.get(where)
-        if pool is None:
-            if len(self._pools) >= SERVERS:
-                self.close()
-            pool = self._pools[where] = self._new_pool(*where)
-        return pool
-
-    def _new_pool(self, scheme: str, host: str, port: int) -> Any:
+    def _new_pool(self, server: str) -> Any:
+        scheme, host, port = origin(server)  # NO_PROXY may name the port
         url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
         found = requests.Session().merge_environment_settings(url, {}, None, None, None)
         bundle = DEFAULT_CA_BUNDLE_PATH if found["verify"] is True else str(found["verify"])
@@ -268,26 +254,18 @@ class Connections(HTTPAdapter):
             raise OSError("HTTPS_PROXY or HTTP_PROXY is no address of an HTTP proxy") from None
         expect = self.expect
 
-        class Connection(pool.ConnectionCls):  # type: ignore[misc]
-            response_class = _FinalResponse
-
-            def getresponse(self, *args: Any, **kwargs: Any) -> Any:
-                expect(self.sock)
-                return super().getresponse(*args, **kwargs)
+        class Connection(type(pool).ConnectionCls):  # type: ignore[misc]
+            def response_class(self, sock: Any, *args: Any, **kwargs: Any) -> Any:
+                expect(sock)  # also for a proxy's answer to CONNECT
+                return _FinalResponse(sock, *args, **kwargs)
 
         pool.ConnectionCls = Connection
         return pool
 
-    def close(self) -> None:
-        """Forget all connections: idle ones end now, others with their answers."""
-        self._pools = {}  # urllib3 closes a pool that nobody has any more
-        super().close()
-
     def expect(self, sock: socket.socket | None = None) -> None:
         """This thread now waits for the next piece of its answer, from `sock` or the last one."""
         thread = threading.get_ident()
-        with contextlib.suppress(KeyError):
-            self._reading[thread] = (time.monotonic() + ANSWER_TIME, sock or self._reading[thread][1])
+        self._reading[thread] = (time.monotonic() + ANSWER_TIME, sock or self._reading[thread][1])
 
     def cut(self, everything: bool = False) -> None:
         """End the answers that are overdue, or all; their threads go on with an AskAgainLater."""
@@ -307,13 +285,10 @@ def _no_answer(who: str, host: str, proxy: Any, error: Exception) -> AskAgainLat
     if proxy and isinstance(getattr(error, "reason", None), ProxyError):
         return AskAgainLater(f"the proxy {proxy.host}:{proxy.port} is unreachable: {reason}", shared=True)
     if proxy and reason.startswith("Tunnel connection failed"):
-        return AskAgainLater(
-            f"the proxy {proxy.host}:{proxy.port} lets nobody through: {reason}", shared=True
-        )
-    shared = connecting and who != DOWNLOAD
-    return AskAgainLater(
-        f"{who} {'is unreachable' if connecting else 'gave no answer'}: {host}: {reason}", shared
-    )
+        trouble = f"the proxy {proxy.host}:{proxy.port} lets nobody through: {reason}"
+        return AskAgainLater(trouble, shared=True)
+    trouble = f"{who} {'is unreachable' if connecting else 'gave no answer'}: {host}: {reason}"
+    return AskAgainLater(trouble, shared=connecting and who != DOWNLOAD)
 
 
 class Answer:
@@ -326,7 +301,8 @@ class Answer:
 
     def __init__(self, connections: Connections, response: HTTPResponse, url: str, who: str) -> None:
         self.status, self.headers, self.url, self.who = response.status, response.headers, url, who
-        self._connections, self._response, self._came = connections, response, 0
+        self.location = response.get_redirect_location() or ""
+        self._connections, self._response = connections, response
         # By itself it would let another thread have its connection as soon as it is read.
         response.release_conn = lambda: None  # type: ignore[method-assign]
 
@@ -359,65 +335,52 @@ class Answer:
         """Bytes of its body, where it says so."""
         return None if self.coding else self._response.length_remaining
 
-    def read(self, size: int) -> bytes:
-        """So many bytes as they come, fewer at the end. Raises what urllib3 raises."""
-        data: bytes = self._response.read(size)
-        if self._came // PIECE != (self._came + len(data)) // PIECE:
-            self._connections.expect()  # not at each chunk, which may be a single byte
-        self._came += len(data)
-        return data
-
     def pieces(self) -> Iterator[bytes]:
-        """The body, each piece at most PIECE bytes. Raises AskAgainLater where it does not come whole."""
+        """The body, PIECE bytes at a time, fewer at its end. Raises AskAgainLater where it is not whole."""
         if self.coding not in ("", "gzip"):
             raise AskAgainLater(f"the answer is coded as {plain(self.coding)[:40]}, which nobody asked for")
         # urllib3's own decoding says nothing of a stream that ends too early.
-        source: Any = gzip.GzipFile(fileobj=self) if self.coding else self  # type: ignore[call-overload]
+        source: Any = gzip.GzipFile(fileobj=self._response) if self.coding else self._response
         total = self._response.length_remaining
         try:
             while piece := source.read(PIECE):
+                self._connections.expect()
                 yield piece
         except (HTTPError, http.client.HTTPException, OSError, EOFError, zlib.error) as error:
-            came = human(self._came)
+            came = human(self._response.tell())
             if total:
-                came = came.removesuffix(human(total)[human(total).index(" ") :]) + f" of {human(total)}"
-            short = isinstance(
-                error.args[-1] if error.args else None, (IncompleteRead, http.client.IncompleteRead)
-            )
-            said = "" if short else f" ({_reason(error)})"
+                unit = human(total).partition(" ")[2]
+                came = f"{came.removesuffix(f' {unit}')} of {human(total)}"
+            cause = error.args[-1] if error.args else None
+            said = "" if isinstance(cause, http.client.IncompleteRead) else f" ({_reason(error)})"
             raise AskAgainLater(f"the answer broke off: {came} came{said}") from None
 
-    def json(self) -> Any:
-        """A small answer's JSON; None for none, for other text and for more than ANSWER_SIZE."""
+    def json(self) -> dict[str, Any]:
+        """A small answer's JSON object; empty for all else, and for more than ANSWER_SIZE."""
         body = bytearray()
         for piece in self.pieces():
             body += piece
             if len(body) > ANSWER_SIZE:
-                return None
+                return {}
         try:
-            return json.loads(body) if body else None
+            said = json.loads(body)
         except (ValueError, RecursionError):
-            return None
+            return {}
+        return said if isinstance(said, dict) else {}
 
     def pause(self) -> float | None:
         """Seconds, from either form of Retry-After, RFC 9110, section 10.2.3; else None."""
-        value = self.headers.get("Retry-After", "").strip()
-        date = email.utils.parsedate_to_datetime
         try:
-            seconds = float(value) if value.isdigit() else date(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
+            seconds = Retry().get_retry_after(self._response)
+        except (HTTPError, ValueError, OverflowError):
             return None
-        return min(max(seconds, 0.0), LONGEST_PAUSE)
-
-    @property
-    def redirects(self) -> bool:
-        return bool(self._response.get_redirect_location())
+        return None if seconds is None else min(seconds, LONGEST_PAUSE)
 
     def redirect(self) -> str:
-        """Where else to ask. Raises AskAgainLater."""
+        """Where else to ask, by its `location`. Raises AskAgainLater."""
         self.json()  # so that the connection can be used again
         try:
-            return cleaned(urljoin(self.url, str(self._response.get_redirect_location())))
+            return cleaned(urljoin(self.url, self.location))
         except ValueError:
             raise AskAgainLater("redirected to what is no http address") from None
 
@@ -425,8 +388,7 @@ class Answer:
         """What an answer that is neither 200 nor 204 means, in one line. Raises AskAgainLater."""
         plainly = f"{what}{self.who} answered {self}"
         passing = self.status in (401, 407, 408, 425, 429) or not 400 <= self.status <= 500
-        answer = None if passing else self.json()
-        problem = answer if isinstance(answer, dict) else {}  # RFC 9457
+        problem = {} if passing else self.json()  # RFC 9457
         said = ": ".join(plain(problem[key]) for key in ("title", "detail") if problem.get(key))
         if passing or (self.status == 500 and not said):
             return AskAgainLater(plainly, pause=self.pause() if self.who == GRAFX else None)
@@ -441,7 +403,7 @@ class Pace:
     """
 
     SLOWER, FASTER = 2.0, 1.03
-    LONGEST, SHORTEST = 1.0, 0.001  # seconds; below the shortest there is none
+    LONGEST, SHORTEST = 1.0, 0.001  # seconds; a refusal doubles at least the shortest
     IDLE = 0.05  # seconds: longer than that it was not GraFx that was waited for
 
     def __init__(self) -> None:
@@ -468,10 +430,8 @@ class Pace:
                 if asked >= self._slowed:  # else it was on its way when another one was refused
                     slower = self.SLOWER * max(self._between, self._usual, self.SHORTEST)
                     self._between, self._slowed = min(self.LONGEST, slower), time.monotonic()
-            elif status < 400 and self._between:
+            elif status < 400:
                 self._between /= self.FASTER
-                if self._between < self.SHORTEST:
-                    self._between = 0.0
 
 
 # --- the token -------------------------------------------------------------------------------
@@ -480,8 +440,7 @@ class Pace:
 @dataclass(eq=False)
 class _Token:
     value: str = field(repr=False)
-    issued: float  # monotonic seconds, as are these
-    renew: float
+    renew: float  # monotonic seconds, as is the next
     ends: float
     worked: bool = False  # GraFx has taken it
 
@@ -519,7 +478,8 @@ class DangerousToken:
                     self._error = (time.monotonic() + (error.pause or 0.0), error)
                     if token is None or token is refused or time.monotonic() >= token.ends:
                         raise
-                    token.renew = time.monotonic() + TOKEN_MARGIN / 10  # it is still good for a while
+                    # It is still good for a while.
+                    token.renew = time.monotonic() + max(TOKEN_MARGIN / 10, error.pause or 0.0)
             return token
 
     def _fetch(self) -> _Token:
@@ -529,8 +489,7 @@ class DangerousToken:
         try:
             url = cleaned(self._url)
             with self._connections.ask(TOKEN_SERVER, "POST", url, headers, json.dumps(form)) as answer:
-                said = answer.json()
-                return self._read(answer, said if isinstance(said, dict) else {})
+                return self._read(answer, answer.json())
         except CredentialsRefused:
             raise
         except AskAgainLater as error:
@@ -555,7 +514,7 @@ class DangerousToken:
         self.issued = True
         _secrets.extend((self._secret, value))
         now = time.monotonic()
-        return _Token(value, now, now + lasts - min(TOKEN_MARGIN, lasts / 2), now + lasts)
+        return _Token(value, now + lasts - min(TOKEN_MARGIN, lasts / 2), now + lasts)
 
 
 # --- one environment -------------------------------------------------------------------------
@@ -589,49 +548,50 @@ class GraFx:
 
         Raises AskAgainLater, OrderRefused.
         """
-        refused = None
-        for _ in range(REDIRECTS + 3):  # and a change to https, and a new token
+        for _ in range(REDIRECTS + 1):
             # Compared is what requests made of the address, since that is where it connects to:
             # it and urlsplit do not agree on whose "http://one\\@two/" is.
-            scheme, host, port = origin(url)
+            scheme, host, port = where = origin(url)
             if (self.home[0], scheme, host) == ("https", "http", self.home[1]) and port in (80, self.home[2]):
                 # A server behind a TLS proxy may not know that it is.
                 url = urlsplit(url)._replace(scheme="https", netloc=urlsplit(self.base_url).netloc).geturl()
-            if origin(url) != self.home:
-                answer = self.connections.ask(DOWNLOAD, "GET", url, HEADERS)
+                where = self.home
+            if where == self.home:
+                answer = self._ask_home(url)
             else:
-                token = self.token.get(refused)
-                answer = self._ask_home(url, token)
-                if answer.status == 401:
-                    with answer:
-                        self._whose_fault(token, refused)
-                    refused = token
-                    continue
-            if not answer.redirects:
+                answer = self.connections.ask(DOWNLOAD, "GET", url, HEADERS)
+            if not answer.location:
                 return answer
             with answer:
                 url = answer.redirect()
         raise AskAgainLater("redirected in circles")
 
-    def _ask_home(self, url: str, token: _Token) -> Answer:
+    def _ask_home(self, url: str) -> Answer:
+        """With the token; where that is refused, with a new one. Raises AskAgainLater, OrderRefused."""
+        refused = None
+        while True:
+            token = self.token.get(refused)
+            answer = self._ask_with(token, url)
+            if answer.status != 401:
+                return answer
+            with answer:
+                if (refused or token.worked) and self._takes(token):
+                    raise OrderRefused("GraFx takes the token for other tasks, but not for this one", 401)
+                if refused:
+                    raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared=True)
+            refused = token
+
+    def _takes(self, token: _Token) -> bool:
+        """Whether GraFx takes the token for a task that cannot exist: then a 401 was the order's own."""
+        with self._ask_with(token, self.tasks + NOBODYS) as answer:
+            return answer.status < 500 and answer.status not in (401, 429)
+
+    def _ask_with(self, token: _Token, url: str) -> Answer:
         turn = self.pace.wait()
         answer = self.connections.ask(GRAFX, "GET", url, HEADERS | {"Authorization": f"Bearer {token.value}"})
         self.pace.heard(answer.status, turn)
         token.worked = token.worked or answer.status < 400
         return answer
-
-    def _whose_fault(self, token: _Token, before: _Token | None) -> None:
-        """A 401: returns where a new token is worth a try; else raises OrderRefused, AskAgainLater.
-
-        before: the token that was refused just before this one, for the same address. A task that cannot
-        exist shows whether GraFx takes the token: if so, it is the order's own refusal.
-        """
-        if before or token.worked:
-            with self._ask_home(self.tasks + NOBODYS, token) as answer:
-                if answer.status != 401:
-                    raise OrderRefused("GraFx takes the token for other tasks, but not for this one", 401)
-        if before:
-            raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared=True)
 
 
 def try_out(grafx: GraFx) -> str:
@@ -641,12 +601,12 @@ def try_out(grafx: GraFx) -> str:
         if origin(answer.url) != grafx.home:
             raise AskAgainLater(f"{grafx.base_url} redirects to {origin(answer.url)[1]}: look at BASEURL")
         said = answer.json()
-        known = answer.status in (200, 404) and isinstance(said, dict)
-        if not known and answer.status != 204:
-            page = "" if isinstance(said, dict) else " without a word of GraFx's own"
-            words = plain(said.get("detail") or said.get("title") or "") if isinstance(said, dict) else ""
-            raise AskAgainLater(f"{grafx.base_url} answered {answer}{page} {words}".rstrip() + f": {mend}")
-        return f"{grafx.base_url} answers"
+        if answer.status == 204 or (answer.status in (200, 404) and said):
+            return f"{grafx.base_url} answers"
+        words = "without a word of GraFx's own"
+        if said:
+            words = plain(said.get("detail") or said.get("title") or "")
+        raise AskAgainLater(f"{grafx.base_url} answered {answer} {words}".rstrip() + f": {mend}")
 
 
 # --- the order -------------------------------------------------------------------------------
@@ -678,15 +638,13 @@ def order_done(
 def _download_link(answer: Answer, task_id: str) -> str:
     """Where a finished task's file is. Raises OrderRefused, AskAgainLater."""
     said = answer.json()
-    try:
-        about = said["data"]["taskId"]
-    except (LookupError, TypeError):
-        about = None
+    data = said.get("data")
+    about = data.get("taskId") if isinstance(data, dict) else None
     if isinstance(about, str) and about.casefold() != task_id.casefold():
         raise AskAgainLater(f"the answer was another task's: {plain(about)[:80]}")
     try:
         return cleaned(said["links"]["download"])
-    except (LookupError, ValueError, AttributeError, TypeError):
+    except (KeyError, TypeError, ValueError):
         answer.must_end()
         raise OrderRefused("GraFx says finished, but gives no download link", 200) from None
 
@@ -696,8 +654,8 @@ def _download_link(answer: Answer, task_id: str) -> str:
 
 def find_file(orders_dir: Path, task_id: str) -> Path | None:
     """The file of a task where it has been delivered."""
-    stem = f"{orders_dir}/{task_id}."  # as text, since pathlib takes ten times as long
-    for name in [stem + extension for extension in FORMATS]:
+    for extension in FORMATS:
+        name = f"{orders_dir}/{task_id}.{extension}"  # as text, since pathlib takes ten times as long
         if os.access(name, os.F_OK) and Path(name).is_file():
             return Path(name)
     return None
@@ -735,6 +693,7 @@ def _save(answer: Answer, orders_dir: Path, task_id: str, progress: Progress) ->
             for piece in answer.pieces():
                 file.write(piece)
                 size, first, last = size + len(piece), (first + piece)[:16], (last + piece)[-len(PNG_END) :]
+                # Fewer than 16 may be all that came before it breaks off, which says nothing of the file.
                 extension = extension or (_extension(says, first) if len(first) == 16 else "")
                 progress(size, total)
             extension = extension or _extension(says, first)

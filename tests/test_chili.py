@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import gzip
 import os
 import re
 import resource
@@ -388,6 +389,18 @@ def test_it_is_renewed_before_its_end(grafx: Sandbox, tmp_path: Path) -> None:
     assert 120 <= chili.TOKEN_MARGIN <= 600  # where it lasts longer
 
 
+def test_while_it_is_good_a_renewal_that_fails_stands_in_nobodys_way(
+    ask: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = ask.grafx.add("never")
+    ask.environment.token.get().renew = 0.0
+    ask.grafx.fault("token", "status-429", times=None, retry_after="300")
+    monkeypatch.setattr(chili, "TOKEN_MARGIN", 0.0)  # the endpoint wants a longer pause than that
+    assert [ask(task), ask(task)] == [False, False]
+    assert [request.status for request in ask.asked("token")] == [200, 429]
+    assert {request.status for request in ask.asked("task")} == {204}
+
+
 def test_a_401_fetches_a_new_one_and_repeats_the_request(ask: Asker) -> None:
     """The endpoint caches, so the new one may be the old one."""
     ask.grafx.fault("task", "status-401")
@@ -405,6 +418,17 @@ def test_a_401_to_a_token_that_is_taken_for_others_is_the_orders_own(ask: Asker,
     assert isinstance(error, FAILED)
     assert (error.status, error.final) == (401, False)
     assert len(ask.asked("token")) == 1
+
+
+@pytest.mark.parametrize("status", [429, 502, 503])
+def test_a_401_is_not_the_orders_own_where_others_are_not_answered_at_all(ask: Asker, status: int) -> None:
+    assert ask(ask.grafx.add("never")) is False
+    task = ask.grafx.add()
+    ask.grafx.fault("task", "status-401", times=None, task_id=task)
+    ask.grafx.fault("task", f"status-{status}", times=None, task_id=chili.NOBODYS)
+    error = ask.fails(task)
+    assert isinstance(error, LATER)
+    assert error.shared
 
 
 def test_a_token_that_is_refused_twice_stands_in_every_orders_way(ask: Asker) -> None:
@@ -684,6 +708,30 @@ def test_a_proxy_may_be_spoken_to_by_tls(
         assert isinstance(answer.result(), LATER)
 
 
+def test_a_proxy_that_trickles_is_given_up(
+    wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endured: list[bool] = []
+
+    def trickle(_: str, connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nVia: ")
+        for _byte in range(1000):
+            connection.sendall(b"x")
+            time.sleep(0.02)
+        endured.append(True)
+
+    monkeypatch.setenv("HTTPS_PROXY", wire(trickle).url)
+    monkeypatch.setattr(chili, "ANSWER_TIME", 0.5)
+    connections = chili.Connections(1)
+    with ThreadPoolExecutor() as thread:
+        answer = thread.submit(connections.ask, "it", "GET", "https://grafx.invalid/", chili.HEADERS)
+        while not answer.done():
+            connections.cut()
+            time.sleep(0.05)
+    assert isinstance(answer.exception(), LATER)
+    assert endured == []
+
+
 # --- what servers do to a connection ---------------------------------------------------------
 
 
@@ -714,6 +762,34 @@ def test_an_answer_that_is_cut_off_is_not_the_orders_fault(
 
     with pytest.raises(LATER):
         chili.order_done("a", grafx_at(wire(cut_off)), tmp_path)
+
+
+def test_gzip_with_zeros_behind_it_for_ever_is_given_up(
+    wire: Callable[..., Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pad(line: str, connection: socket.socket) -> bytes:
+        said = raw(line, connection, b"")
+        if not said:
+            connection.sendall(
+                b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
+            )
+            zeros = gzip.compress(b"{}")
+            while True:  # until nobody listens any more
+                connection.sendall(b"%x\r\n%s\r\n" % (len(zeros), zeros))
+                zeros = bytes(chili.PIECE)
+                time.sleep(0.1)
+        return said
+
+    monkeypatch.setattr(chili, "ANSWER_TIME", 2)
+    grafx = grafx_at(wire(pad))
+    with ThreadPoolExecutor() as thread:
+        answer = thread.submit(chili.order_done, "a", grafx, tmp_path)
+        deadline = time.monotonic() + 30
+        while not answer.done():
+            grafx.connections.cut(everything=time.monotonic() > deadline)
+            time.sleep(0.05)
+    assert isinstance(answer.exception(), LATER)
+    assert time.monotonic() < deadline
 
 
 def test_what_follows_a_bad_file_is_not_the_next_orders_answer(

@@ -62,7 +62,7 @@ def test_it_is_as_fast_as_before_where_nothing_is_refused_and_again_when_that_is
     assert pace._between == slow
     for _ in range(1000):
         pace.heard(204, asked)
-    assert pace._between == 0.0
+    assert pace._between < 1e-6  # seconds: no question is as quick as that
     for _ in range(30):
         pace.heard(503, time.monotonic())
     assert pace._between == pace.LONGEST
