@@ -551,8 +551,7 @@ class HandOff:
 
     def __init__(self, words: list[str], timeout: float) -> None:
         self.words, self.timeout = words, timeout
-        self.running: set[subprocess.Popen[bytes]] = set()
-        self.signalled: set[subprocess.Popen[bytes]] = set()
+        self.running: dict[subprocess.Popen[bytes], bool] = {}  # whether it was signalled before its end
         self.stopping = False
         self.failing = False  # the last one did
 
@@ -565,19 +564,10 @@ class HandOff:
             raise NotHandedOver("the poller stops")
         if file is None:
             raise NotHandedOver("its file was taken away before ON_DONE could have it")
-        process = self.start(order, file)
-        try:
+        with self.start(order, file) as process:  # the end of the block waits for it
             last = self.listen(order, process)
-        except subprocess.TimeoutExpired:
-            last = f"took longer than {self.timeout:g} s"
-            self.end(process, signal.SIGKILL)
-        finally:
-            code = process.wait()
-            self.running.discard(process)
-            if process.stdout:
-                process.stdout.close()
-        if process in self.signalled:  # whatever its exit code says, it was not done
-            self.signalled.discard(process)
+        code = process.returncode
+        if self.running.pop(process):  # whatever its exit code says, it was not done
             code, end = -1, "was ended by the poller" if self.stopping else last
         elif code < 0:
             end = f"was ended by signal {-code} ({signal.strsignal(-code)})"
@@ -602,11 +592,11 @@ class HandOff:
             )  # fmt: skip
         except (OSError, ValueError) as error:
             raise NotHandedOver(f"ON_DONE cannot be run: {error}") from None
-        self.running.add(process)
+        self.running[process] = False
         return process
 
     def listen(self, order: Order, process: subprocess.Popen[bytes]) -> str:
-        """Log what it says until it has ended; returns the last words. Raises TimeoutExpired.
+        """Log what it says until it has ended, at its timeout by force; returns the last words.
 
         What it leaves running may hold its output for ever: a second after its own end nobody listens.
         """
@@ -629,10 +619,12 @@ class HandOff:
                 level = logging.DEBUG if self.failing else logging.INFO  # else it is told for all orders
                 log.log(level, "%s: ON_DONE says: %s", order.task_id, said)
             if not data:
-                process.wait(max(0.0, until - time.monotonic()))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, until - time.monotonic()))
                 break
-        if not ended and process.poll() is None:
-            raise subprocess.TimeoutExpired(self.words, self.timeout)
+        if process.poll() is None:
+            last = f"took longer than {self.timeout:g} s"
+            self.end(process, signal.SIGKILL)
         return last
 
     def stop(self, how: int) -> None:
@@ -643,7 +635,7 @@ class HandOff:
 
     def end(self, process: subprocess.Popen[bytes], how: int) -> None:
         if process.poll() is None:  # else it ended by itself, and only what it left running is meant
-            self.signalled.add(process)
+            self.running[process] = True
         kill(process, how)
 
 
