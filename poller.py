@@ -308,15 +308,12 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
 
 def notify(state: str) -> None:
     """Tell systemd, where it asked to be told: a datagram to $NOTIFY_SOCKET, see sd_notify(3)."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
+    place = os.environ.get("NOTIFY_SOCKET")
+    if not place:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.setblocking(False)
-        sock.sendto(
-            state.encode(errors="replace"),
-            address.replace("@", "\0", 1) if address.startswith("@") else address,
-        )
+        sock.sendto(state.encode(errors="replace"), re.sub("^@", "\0", place))  # @: an abstract one
 
 
 def duration(seconds: float) -> str:
