@@ -38,7 +38,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -369,20 +368,15 @@ class Order:
         return f"{share or chili.human(self.size)}, {chili.human(self.size / seconds)}/s"
 
 
-def new_order(task_id: str, fields: db.Fields) -> Order:
-    """An order as the file has it."""
-    # The age is counted on with the monotonic clock: a clock set back does not stop the questions.
-    born = time.monotonic() - (age(fields.get("added")) or 0.0)
-    return Order(task_id, chili.plain(fields.get("projectID") or ""), born)
+def since(when: Any) -> float:
+    """A time in the file in monotonic seconds; now for what is no time, or lies ahead.
 
-
-def age(when: Any) -> float | None:
-    """Seconds since a time in the file; None for what is no time, or lies ahead."""
+    By the monotonic clock ages count on: a clock that is set back does not stop the questions.
+    """
+    now = time.monotonic()
     with contextlib.suppress(ValueError, OverflowError):
-        then = datetime.fromisoformat(str(when).replace("Z", "+00:00"))
-        seconds = time.time() - (then if then.tzinfo else then.replace(tzinfo=timezone.utc)).timestamp()
-        return seconds if seconds >= 0 else None
-    return None
+        return min(now, now - time.time() + db.utc(str(when)).timestamp())
+    return now
 
 
 class Waiting(dict[str, Order]):
@@ -706,14 +700,11 @@ class Poller:
         """Know the orders of the file, and no others."""
         if store is None or (self.once and self.ready):
             return
-        new = [
-            task_id for task_id in store.orders if task_id not in self.waiting and task_id not in self.asking
-        ]
-        for task_id in new:
-            order = new_order(task_id, store.orders[task_id])
-            if record := self.database.failing.get(task_id):
-                self.go_on_failing(order, record)
-            self.waiting.put(order, 0.0)
+        new = []
+        for task_id, fields in store.orders.items():
+            if task_id not in self.waiting and task_id not in self.asking:
+                new.append(self.new_order(task_id, fields))
+                self.waiting.put(new[-1], 0.0)
         for order in self.asking.values():
             order.gone = order.task_id not in store.orders
         gone = [self.waiting.pop(task_id) for task_id in self.waiting.keys() - store.orders.keys()]
@@ -722,15 +713,18 @@ class Poller:
         for entry in store.strange:
             warn_of(entry)
         if self.ready:
-            self.telling.came_and_went([self.waiting[task_id] for task_id in new], gone)
+            self.telling.came_and_went(new, gone)
 
-    def go_on_failing(self, order: Order, record: db.Fields) -> None:
-        """An earlier process saw it refused: that counts on."""
-        since, times = age(record.get("since")), record.get("times")
-        order.state, order.refused = "failing", time.monotonic() - (since or 0.0)
-        # The daemon asks three times more, since it does not note each time.
-        order.refusals = times if self.once and isinstance(times, int) else 0
-        self.troubles.meet(order, f"refused: {record.get('error')}", remind=False, quiet=True)
+    def new_order(self, task_id: str, fields: db.Fields) -> Order:
+        """An order as the file has it; where an earlier process saw it refused, that counts on."""
+        order = Order(task_id, chili.plain(fields.get("projectID") or ""), since(fields.get("added")))
+        if record := self.database.failing.get(task_id):
+            order.state, order.refused = "failing", since(record.get("since"))
+            times = record.get("times")
+            # The daemon asks three times more, since it does not note each time.
+            order.refusals = times if self.once and isinstance(times, int) else 0
+            self.troubles.meet(order, f"refused: {record.get('error')}", remind=False, quiet=True)
+        return order
 
     def ask_due_orders(self) -> None:
         """Give orders whose time has come to the threads, no more than may be asked about at once."""
@@ -862,11 +856,11 @@ class Poller:
         known = self.database.failing.get(order.task_id, {})
         if known.get("status") == error.status and not self.once:
             return
-        since = known.get("since")
-        if age(since) is None:  # not known, or typed by somebody, or of a clock that was set back since
-            since = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        record = {"status": error.status, "error": str(error), "since": since, "times": order.refusals}
-        self.database.failing[order.task_id] = record
+        began = time.gmtime(round(time.time() - time.monotonic() + order.refused))
+        self.database.failing[order.task_id] = {
+            "status": error.status, "error": str(error),
+            "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", began), "times": order.refusals,
+        }  # fmt: skip
 
     def later(self, order: Order, error: chili.AskAgainLater) -> None:
         """The order could not be asked about, or not be delivered, through no fault of its own."""
