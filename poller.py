@@ -345,22 +345,21 @@ class Order:
     troubles: int = 0  # in a row: it could not be asked
     met: tuple[str, ...] = ()  # kinds of trouble that it is in, see Troubles
     gone: bool = False  # somebody took it out while it was asked about
-    file: str = ""  # the name of its file, once it is here
-    size: int = 0  # bytes of it that came by now
+    size: int = 0  # bytes of its file that came by now
     total: int | None = None
-    began: float = 0.0  # when the first of them came
+    began: float = 0.0  # when the first of them came; 0: it is not being downloaded
     logged: float = 0.0  # when its progress was logged
 
     def progress(self, size: int, total: int | None) -> None:
         """The download calls this for each piece."""
-        self.began = self.began if self.size else time.monotonic()
+        self.began = self.began or time.monotonic()
         self.size, self.total = size, total
 
     def loading(self) -> str:
         """How far its download is; nothing where there is none under way."""
-        if not self.size or self.file:
+        if not (began := self.began):  # read once: its thread may end it just now
             return ""
-        seconds = max(0.001, time.monotonic() - self.began)
+        seconds = max(0.001, time.monotonic() - began)
         share = (
             f"{min(100, 100 * self.size // self.total)}% of {chili.human(self.total)}" if self.total else ""
         )
@@ -753,18 +752,18 @@ class Poller:
                 answer = error
             self.answers.put((order, answer))
 
-    def ask(self, order: Order) -> bool:
-        """`chili.order_done`, then ON_DONE where it is set."""
+    def ask(self, order: Order) -> str:
+        """`chili.order_done`, then ON_DONE where it is set; returns the file's name, "" while it renders."""
         folder = self.settings.orders_dir
         # No file is here where it was still rendering a while ago, and to look takes a fifth of a question.
         here = order.state != "rendering" and chili.was_here(folder, order.task_id)
         if not here and not chili.order_done(order.task_id, self.grafx, folder, order.progress):
-            return False
+            return ""
+        order.began = 0.0
         file = chili.find_file(folder, order.task_id)
-        order.file = file.name if file else order.task_id  # taken away already
         if self.hand_off:
             self.hand_off.give(order, file)
-        return True
+        return file.name if file else order.task_id  # taken away already
 
     def hear_answers(self) -> None:
         """Wait for an answer, but no longer than to the next order due, the next look, the next live line."""
@@ -790,17 +789,17 @@ class Poller:
             return
         del self.asking[order.task_id]
         match answer:
-            case True:
-                self.delivered(order)
-            case False:
+            case "":
                 self.rendering(order)
+            case str():
+                self.delivered(order, answer)
             case chili.OrderRefused():
                 self.refused(order, answer)
             case chili.AskAgainLater():
                 self.later(order, answer)
             case _:
                 self.unforeseen(order, answer)
-        order.size, order.file = 0, ""
+        order.size, order.began = 0, 0.0
 
     def token_came(self, answer: Any) -> None:
         """The first thing at the start: from now on orders are asked about, and systemd knows."""
@@ -810,12 +809,12 @@ class Poller:
         elif isinstance(answer, Exception) and not self.stopping:
             log.warning("%s%s", answer, "" if self.once else "; it is tried again when an order waits")
 
-    def delivered(self, order: Order) -> None:
+    def delivered(self, order: Order, file: str) -> None:
         """Its file is whole on the disk, and handed over: it may leave database.json."""
         self.over(order, delivered=True)
-        self.database.delivered[order.task_id] = order.file
+        self.database.delivered[order.task_id] = file
         amount = chili.human(order.size) if order.size else "here before"
-        kind, took = order.file.rpartition(".")[2], duration(time.monotonic() - order.born)
+        kind, took = file.rpartition(".")[2], duration(time.monotonic() - order.born)
         text = "%s delivered: %s, %s, %s after it was ordered"
         log.info(text, order.task_id, kind, amount, took, extra={"good": True})
         self.telling.count(order, "delivered")
