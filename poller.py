@@ -664,7 +664,9 @@ class Poller:
     def run(self) -> int:
         """Poll until a signal, with `once` until each order was asked about; returns the exit code."""
         while True:
-            self.take(self.database.sync(soon=not self.asking and self.waiting.first() > time.monotonic()))
+            store = self.database.sync(soon=not self.asking and self.waiting.first() > time.monotonic())
+            if store and not self.once:
+                self.take(store)
             self.ask_due_orders()
             self.hear_answers()
             if self.stopping or (self.once and self.ready and not (self.waiting or self.asking)):
@@ -694,10 +696,8 @@ class Poller:
         self.stopping = True
         self.answers.put(None)
 
-    def take(self, store: db.Store | None) -> None:
+    def take(self, store: db.Store) -> None:
         """Know the orders of the file, and no others."""
-        if store is None or (self.once and self.ready):
-            return
         new = []
         for task_id, fields in store.orders.items():
             if task_id not in self.waiting and task_id not in self.asking:
@@ -771,13 +771,16 @@ class Poller:
         until = now + self.telling.tick()
         if self.ready and len(self.asking) < self.settings.concurrency:
             until = min(until, max(self.waiting.first(), now + self.outage.pause()))
-        with contextlib.suppress(queue.Empty):
-            answer = self.answers.get(timeout=max(0.0, until - now))
-            while True:
-                if answer:
-                    self.heard(*answer)
-                answer = self.answers.get_nowait()
+        self.hear(until - now)
         self.grafx.connections.cut()
+
+    def hear(self, seconds: float) -> None:
+        """Wait so long for an answer, then take all that came."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if answer := self.answers.get(timeout=max(0.0, seconds)):
+                    self.heard(*answer)
+                seconds = 0.0
 
     def heard(self, order: Order | None, answer: Any) -> None:
         """Decide what becomes of an order."""
@@ -925,10 +928,7 @@ class Poller:
         while self.asking and time.monotonic() < deadline:
             self.grafx.connections.cut(everything=True)
             self.hand_off.stop(signal.SIGTERM)
-            with contextlib.suppress(queue.Empty):
-                answer = self.answers.get(timeout=0.05)
-                if answer:
-                    self.heard(*answer)
+            self.hear(0.05)
         self.hand_off.stop(signal.SIGKILL)
         if not self.database.flush() and self.once:
             self.exit_code = 1
