@@ -438,7 +438,7 @@ class Troubles:
                 log.warning("%s %s%s", order.task_id, text, more)
         self._kinds[kind].orders[order.task_id] = order
 
-    def over(self, order: Order, quiet: bool = False) -> None:
+    def leave(self, order: Order, quiet: bool = False) -> None:
         """The order is out of all of them; `quiet` where it did not end well."""
         for kind in order.met:
             trouble = self._kinds[kind]
@@ -814,7 +814,7 @@ class Poller:
 
     def delivered(self, order: Order, file: str) -> None:
         """Its file is whole on the disk, and handed over: it may leave database.json."""
-        self.over(order, delivered=True)
+        self.answered(order, delivered=True)
         self.database.delivered[order.task_id] = file
         amount = chili.human(order.size) if order.size else "here before"
         kind, took = file.rpartition(".")[2], duration(time.monotonic() - order.born)
@@ -824,7 +824,7 @@ class Poller:
 
     def rendering(self, order: Order) -> None:
         """204: GraFx works on it."""
-        self.over(order)
+        self.answered(order)
         self.telling.count(order, "rendering")
         # So a file is here at most a quarter of its render time (and 2 s) after it is ready,
         # and an order that renders for an hour is not asked about 1,800 times.
@@ -839,7 +839,7 @@ class Poller:
         order.refused = order.refused or now
         left = order.refused + self.settings.give_up_after - now
         if error.final or (order.refusals >= REFUSALS and left <= 0):
-            self.troubles.over(order, quiet=True)
+            self.troubles.leave(order, quiet=True)
             self.database.failed[order.task_id] = (error.status, str(error))
             self.exit_code = self.exit_code or int(self.once)
             log.error("%s failed, project %s: %s", order.task_id, order.project or "not given", error)
@@ -894,14 +894,14 @@ class Poller:
             log.error("%s: unexpected error, please report it", order.task_id, exc_info=error)
         self.later(order, later)
 
-    def over(self, order: Order, delivered: bool = False) -> None:
+    def answered(self, order: Order, delivered: bool = False) -> None:
         """A good answer: what the order was in, and perhaps all orders, is over."""
         came = order.size > 0 and (not self.hand_off or order.asked >= self.outage.since)
         if came or not delivered:  # else the file was here, or the command took long
             self.outage.ends(delivered)
         order.troubles = 0
         self.not_refused(order)
-        self.troubles.over(order)
+        self.troubles.leave(order)
 
     def not_refused(self, order: Order) -> None:
         """An answer that is no refusal: "on end" begins anew."""
@@ -917,7 +917,7 @@ class Poller:
 
     def forget(self, order: Order) -> None:
         """Somebody took it out of the file."""
-        self.troubles.over(order, quiet=True)
+        self.troubles.leave(order, quiet=True)
         self.not_refused(order)
 
     def stop(self) -> int:
