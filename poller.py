@@ -425,24 +425,21 @@ class Troubles:
     def meet(self, order: Order, text: str, more: str = "", remind: bool = True, quiet: bool = False) -> None:
         """The order is in it; `more` is only said of this order."""
         kind = re.sub(r"[\w-]*\d[\w.-]*", "#", text)  # ids and numbers apart
-        known = kind in order.met
-        order.met = (*(other for other in order.met if other != kind), kind)  # the present one stands last
-        if known:
-            return
-        now = time.monotonic()
-        if kind in self._kinds:
-            self._kinds[kind].unsaid += not quiet
-        else:
+        if kind not in self._kinds:
+            now = time.monotonic()
             self._kinds[kind] = Trouble(text, remind, {}, now, now + MINUTE)
             if not quiet:
                 log.warning("%s %s%s", order.task_id, text, more)
+        elif kind not in order.met:
+            self._kinds[kind].unsaid += not quiet
         self._kinds[kind].orders[order.task_id] = order
+        order.met = (*(other for other in order.met if other != kind), kind)  # the present one stands last
 
     def leave(self, order: Order, quiet: bool = False) -> None:
         """The order is out of all of them; `quiet` where it did not end well."""
         for kind in order.met:
             trouble = self._kinds[kind]
-            trouble.orders.pop(order.task_id, None)
+            del trouble.orders[order.task_id]
             if not trouble.orders:
                 del self._kinds[kind]
                 more = f" ({trouble.unsaid} more orders met it)" if trouble.unsaid else ""
