@@ -496,7 +496,7 @@ class Outage:
         if str(error) not in self.said and now >= self.lately.get(str(error), -MINUTE) + MINUTE:
             log.warning("all orders wait: %s", error)
             self.said[str(error)] = now
-        if "" not in self.said and now >= min(self.said.values(), default=now) + ALARM:
+        if "" not in self.said and now >= self.since + ALARM:
             log.error("all orders have waited for %s: %s", duration(ALARM), error)
             self.said[""] = now
         self.error = error
@@ -515,8 +515,14 @@ class Outage:
         """Seconds until somebody may be asked."""
         return max(0.0, max(self.until, self.alone) - time.monotonic())
 
+    def __str__(self) -> str:
+        """What it is; nothing where nobody has to wait."""
+        return str(self.error or ("GraFx wants to be left alone" if self.pause() else ""))
+
     def leave_alone(self, seconds: float) -> None:
         """GraFx asks for that."""
+        level = logging.DEBUG if self.pause() else logging.WARNING
+        log.log(level, "GraFx wants to be left alone for %.0f s", seconds)
         self.alone = max(self.alone, time.monotonic() + seconds)
 
 
@@ -867,8 +873,6 @@ class Poller:
         self.not_refused(order)
         self.exit_code = self.exit_code or int(self.once)
         if error.pause:
-            log.log(logging.DEBUG if self.outage.pause() else logging.WARNING,
-                    "GraFx wants to be left alone for %.0f s", error.pause)  # fmt: skip
             self.outage.leave_alone(error.pause)
         # Who was asked before the present state began says nothing of it.
         now = order.asked >= self.outage.since
@@ -975,7 +979,9 @@ class Telling:
         ready, self.told = "" if self.told else "READY=1\n", now
         poller.troubles.tell()
         loading = [order for order in poller.asking.values() if order.loading()]
-        waits, wrong, stuck = *self.wrong(poller), poller.troubles.worst()
+        outage, stuck = poller.outage, poller.troubles.worst()
+        waits = f"again in {outage.pause():.0f} s: " if outage.pause() else ""
+        wrong = "; ".join(filter(None, (str(outage), poller.database.problem)))
         if (note := "; ".join(filter(None, (wrong, stuck)))) != self.note:
             self.note = note
             db.take_note(self.lock, note)
@@ -993,21 +999,13 @@ class Telling:
                 order.logged = now
                 log.info("%s downloading: %s", order.task_id, order.loading())
 
-    def wrong(self, poller: Poller) -> tuple[str, str]:
-        """What is wrong for all orders: when it is tried again, and what it is."""
-        pause, outage = poller.outage.pause(), poller.outage.error
-        waits = f"again in {pause:.0f} s: " if pause else ""
-        found = str(outage) if outage else "GraFx wants to be left alone" if pause else ""
-        return waits, "; ".join(filter(None, (found, poller.database.problem)))
-
     def counts(self, poller: Poller, loading: list[Order]) -> str:
         """How many orders are in which state, each in one."""
         if self.stale:  # there may be 20,000 of them
             orders = itertools.chain(poller.waiting.values(), poller.asking.values())
             self.states, self.stale = Counter(order.state for order in orders), False
-        states = (
-            self.states + Counter("downloading" for _ in loading) - Counter(order.state for order in loading)
-        )
+        states = self.states - Counter(order.state for order in loading)
+        states["downloading"] = len(loading)
         return ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
 
     def stop(self, poller: Poller) -> None:
