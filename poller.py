@@ -353,16 +353,14 @@ class Order:
     def progress(self, size: int, total: int | None) -> None:
         """The download calls this for each piece."""
         self.began = self.began or time.monotonic()
-        self.size, self.total = size, total
+        self.total, self.size = total, size
 
     def loading(self) -> str:
         """How far its download is; nothing where there is none under way."""
         if not (began := self.began):  # read once: its thread may end it just now
             return ""
         seconds = max(0.001, time.monotonic() - began)
-        share = (
-            f"{min(100, 100 * self.size // self.total)}% of {chili.human(self.total)}" if self.total else ""
-        )
+        share = f"{100 * self.size // self.total}% of {chili.human(self.total)}" if self.total else ""
         return f"{share or chili.human(self.size)}, {chili.human(self.size / seconds)}/s"
 
 
