@@ -842,7 +842,6 @@ class Poller:
         if error.final or (order.refusals >= REFUSALS and left <= 0):
             self.troubles.leave(order, quiet=True)
             self.database.failed[order.task_id] = (error.status, str(error))
-            self.exit_code = self.exit_code or int(self.once)
             log.error("%s failed, project %s: %s", order.task_id, order.project or "not given", error)
             self.telling.count(order, "failed")
             return
@@ -869,7 +868,6 @@ class Poller:
             self.again(order, 0.0)
             return
         self.not_refused(order)
-        self.exit_code = self.exit_code or int(self.once)
         if error.pause:
             self.outage.leave_alone(error.pause)
         # Who was asked before the present state began says nothing of it.
@@ -929,8 +927,9 @@ class Poller:
             self.hand_off.stop(signal.SIGTERM)
             self.hear(0.05)
         self.hand_off.stop(signal.SIGKILL)
-        if not self.database.flush() and self.once:
-            self.exit_code = 1
+        bad = self.telling.results.keys() & {"failed", "not handed over", "stuck"}
+        if (not self.database.flush() or bad) and self.once:
+            self.exit_code = self.exit_code or 1
         with contextlib.suppress(OSError):
             chili.remove_leftovers(self.settings.orders_dir)
         self.telling.stop(self)
