@@ -871,13 +871,13 @@ class Poller:
         if error.pause:
             self.outage.leave_alone(error.pause)
         # Who was asked before the present state began says nothing of it.
-        now = order.asked >= self.outage.since
-        if error.shared and (now or self.outage.error):
+        fresh = order.asked >= self.outage.since
+        if error.shared and (fresh or self.outage.error):
             self.outage.begins(error)
             self.telling.results["stuck"] += 1
             self.again(order, 0.0)
             return
-        if now and not isinstance(error, NotHandedOver):
+        if fresh and not isinstance(error, NotHandedOver):
             self.outage.ends(delivered=False)
         order.troubles += 1
         self.troubles.meet(order, f"waits: {error}")
