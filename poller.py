@@ -586,36 +586,41 @@ class HandOff:
         return process
 
     def listen(self, order: Order, process: subprocess.Popen[bytes]) -> str:
-        """Log what it says until it has ended, at its timeout by force; returns the last words.
-
-        What it leaves running may hold its output for ever: a second after its own end nobody listens.
-        """
-        until, ended, line, last = time.monotonic() + self.timeout, False, b"", ""
-        output: Any = process.stdout
-        while True:
-            now = time.monotonic()
-            if not ended and process.poll() is not None:
-                ended, until = True, now + 1.0
-            if now >= until or (ended and self.stopping):
-                break
-            if not select.select([output], [], [], min(0.1, until - now))[0]:
-                continue
-            data = os.read(output.fileno(), 2000)
-            *lines, line = (line + data).split(b"\n")
-            if not data or len(line) >= 2000:
-                lines, line = [*lines, line], b""
-            for said in filter(None, (chili.plain(text.decode(errors="replace")) for text in lines)):
+        """Log what it says until it has ended, at its timeout by force; returns the last words."""
+        last = ""
+        for line in self.lines(process):
+            if said := chili.plain(line.decode(errors="replace")):
                 last = said
                 level = logging.DEBUG if self.failing else logging.INFO  # else it is told for all orders
                 log.log(level, "%s: ON_DONE says: %s", order.task_id, said)
-            if not data:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.0, until - time.monotonic()))
-                break
         if process.poll() is None:
             last = f"took longer than {self.timeout:g} s"
             self.end(process, signal.SIGKILL)
         return last
+
+    def lines(self, process: subprocess.Popen[bytes]) -> Iterator[bytes]:
+        """What it says, in pieces where a line is too long, until it has ended or its time is over.
+
+        What it leaves running may hold its output for ever: a second after its own end nobody listens.
+        """
+        until, ended, line = time.monotonic() + self.timeout, False, b""
+        output: Any = process.stdout
+        while (now := time.monotonic()) < until and not (ended and self.stopping):
+            if not ended and process.poll() is not None:
+                ended, until = True, now + 1.0
+            if not select.select([output], [], [], min(0.1, until - now))[0]:
+                continue
+            data = os.read(output.fileno(), 2000)
+            if not data:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, until - time.monotonic()))
+                break
+            *lines, line = (line + data).split(b"\n")
+            yield from lines
+            if len(line) >= 2000:
+                yield line
+                line = b""
+        yield line
 
     def stop(self, how: int) -> None:
         """Signal all that run, and all that they started."""
