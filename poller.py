@@ -919,6 +919,7 @@ class Poller:
 
     def forget(self, order: Order) -> None:
         """Somebody took it out of the file."""
+        self.telling.stale = True
         self.troubles.leave(order, quiet=True)
         self.not_refused(order)
 
