@@ -566,7 +566,7 @@ class HandOff:
         log.debug("%s: ON_DONE %s", order.task_id, end)
         self.failing = code != 0
         if code:
-            kill(process, signal.SIGKILL)  # what it left running
+            self.end(process, signal.SIGKILL)  # what it left running
             raise NotHandedOver(f"ON_DONE {end}" + (f", it said: {last}" if last not in ("", end) else ""))
 
     def start(self, order: Order, file: Path) -> subprocess.Popen[bytes]:
@@ -623,21 +623,17 @@ class HandOff:
         yield line
 
     def stop(self, how: int) -> None:
-        """Signal all that run, and all that they started."""
+        """Signal all that run; no more are begun."""
         self.stopping = True
         for process in tuple(self.running):
             self.end(process, how)
 
     def end(self, process: subprocess.Popen[bytes], how: int) -> None:
+        """Signal a command and all that it started."""
         if process.poll() is None:  # else it ended by itself, and only what it left running is meant
             self.running[process] = True
-        kill(process, how)
-
-
-def kill(process: subprocess.Popen[bytes], how: int) -> None:
-    """Signal a command and all that it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, how)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, how)
 
 
 # --- the loop --------------------------------------------------------------------------------
