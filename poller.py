@@ -709,7 +709,7 @@ class Poller:
             order.gone = order.task_id not in store.orders
         gone = [self.waiting.pop(task_id) for task_id in self.waiting.keys() - store.orders.keys()]
         for order in gone:
-            self.forget(order)
+            self.clear(order, quiet=True)
         for entry in store.strange:
             warn_of(entry)
         if self.ready:
@@ -816,7 +816,9 @@ class Poller:
 
     def delivered(self, order: Order, file: str) -> None:
         """Its file is whole on the disk, and handed over: it may leave database.json."""
-        self.answered(order, delivered=True)
+        if order.size and (not self.hand_off or order.asked >= self.outage.since):
+            self.outage.ends(delivered=True)  # else the file was here before, or the command took long
+        self.clear(order)
         self.database.delivered[order.task_id] = file
         amount = chili.human(order.size) if order.size else "here before"
         kind, took = file.rpartition(".")[2], duration(time.monotonic() - order.born)
@@ -826,7 +828,8 @@ class Poller:
 
     def rendering(self, order: Order) -> None:
         """204: GraFx works on it."""
-        self.answered(order)
+        self.outage.ends(delivered=False)
+        self.clear(order)
         self.telling.count(order, "rendering")
         # So a file is here at most a quarter of its render time (and 2 s) after it is ready,
         # and an order that renders for an hour is not asked about 1,800 times.
@@ -892,14 +895,12 @@ class Poller:
             log.error("%s: unexpected error, please report it", order.task_id, exc_info=error)
         self.later(order, later)
 
-    def answered(self, order: Order, delivered: bool = False) -> None:
-        """A good answer: what the order was in, and perhaps all orders, is over."""
-        came = order.size > 0 and (not self.hand_off or order.asked >= self.outage.since)
-        if came or not delivered:  # else the file was here, or the command took long
-            self.outage.ends(delivered)
+    def clear(self, order: Order, quiet: bool = False) -> None:
+        """It is in no trouble any more; `quiet` where somebody took it out of the file."""
         order.troubles = 0
         self.not_refused(order)
-        self.troubles.leave(order)
+        self.troubles.leave(order, quiet)
+        self.telling.stale = True
 
     def not_refused(self, order: Order) -> None:
         """An answer that is no refusal: "on end" begins anew."""
@@ -909,15 +910,9 @@ class Poller:
     def again(self, order: Order, pause: float) -> None:
         """Re-queue it, except where each order is asked about once, or where somebody took it out."""
         if order.gone:
-            self.forget(order)
+            self.clear(order, quiet=True)
         elif not self.once:
             self.waiting.put(order, pause)
-
-    def forget(self, order: Order) -> None:
-        """Somebody took it out of the file."""
-        self.telling.stale = True
-        self.troubles.leave(order, quiet=True)
-        self.not_refused(order)
 
     def stop(self) -> int:
         """Drop what is under way, write what came of the rest."""
