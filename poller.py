@@ -487,7 +487,8 @@ class Outage:
     def begins(self, error: chili.AskAgainLater) -> None:
         """It was met, perhaps once more."""
         now = time.monotonic()
-        self.since = self.since if self.error else now
+        if self.error is None:
+            self.since = now
         if now >= self.until:
             self.times += 1
             self.until = now + growing(self.times, self.longest)
@@ -648,7 +649,7 @@ def warn_of(entry: str) -> None:
 class Poller:
     """The single loop, its threads, and what becomes of an order: one method for each outcome."""
 
-    def __init__(self, settings: Settings, screen: Screen, lock: TextIO, once: bool = False) -> None:
+    def __init__(self, settings: Settings, screen: Screen, lock: TextIO, once: bool) -> None:
         self.settings, self.once = settings, once
         self.grafx = environment_of(settings)
         self.database = db.Database(settings.database, once)
@@ -703,8 +704,8 @@ class Poller:
         new = []
         for task_id, fields in store.orders.items():
             if task_id not in self.waiting and task_id not in self.asking:
-                new.append(self.new_order(task_id, fields))
-                self.waiting.put(new[-1], 0.0)
+                new.append(order := self.new_order(task_id, fields))
+                self.waiting.put(order, 0.0)
         for order in self.asking.values():
             order.gone = order.task_id not in store.orders
         gone = [self.waiting.pop(task_id) for task_id in self.waiting.keys() - store.orders.keys()]
