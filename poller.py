@@ -38,7 +38,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -308,15 +307,12 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
 
 def notify(state: str) -> None:
     """Tell systemd, where it asked to be told: a datagram to $NOTIFY_SOCKET, see sd_notify(3)."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
+    place = os.environ.get("NOTIFY_SOCKET")
+    if not place:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.setblocking(False)
-        sock.sendto(
-            state.encode(errors="replace"),
-            address.replace("@", "\0", 1) if address.startswith("@") else address,
-        )
+        sock.sendto(state.encode(errors="replace"), re.sub("^@", "\0", place))  # @: an abstract one
 
 
 def duration(seconds: float) -> str:
@@ -348,44 +344,35 @@ class Order:
     refused: float = 0.0  # since when
     troubles: int = 0  # in a row: it could not be asked
     met: tuple[str, ...] = ()  # kinds of trouble that it is in, see Troubles
-    look: bool = True  # its file may be here already; not where it was still rendering a while ago
     gone: bool = False  # somebody took it out while it was asked about
-    file: str = ""  # the name of its file, once it is here
-    size: int = 0  # bytes of it that came by now
+    size: int = 0  # bytes of its file that came by now
     total: int | None = None
-    began: float = 0.0  # when the first of them came
+    began: float = 0.0  # when the first of them came; 0: it is not being downloaded
     logged: float = 0.0  # when its progress was logged
 
     def progress(self, size: int, total: int | None) -> None:
         """The download calls this for each piece."""
-        self.began = self.began if self.size else time.monotonic()
-        self.size, self.total = size, total
+        self.began = self.began or time.monotonic()
+        self.total, self.size = total, size
 
     def loading(self) -> str:
         """How far its download is; nothing where there is none under way."""
-        if not self.size or self.file:
+        if not (began := self.began):  # read once: its thread may end it just now
             return ""
-        seconds = max(0.001, time.monotonic() - self.began)
-        share = (
-            f"{min(100, 100 * self.size // self.total)}% of {chili.human(self.total)}" if self.total else ""
-        )
+        seconds = max(0.001, time.monotonic() - began)
+        share = f"{100 * self.size // self.total}% of {chili.human(self.total)}" if self.total else ""
         return f"{share or chili.human(self.size)}, {chili.human(self.size / seconds)}/s"
 
 
-def new_order(task_id: str, fields: db.Fields) -> Order:
-    """An order as the file has it."""
-    # The age is counted on with the monotonic clock: a clock set back does not stop the questions.
-    born = time.monotonic() - (age(fields.get("added")) or 0.0)
-    return Order(task_id, chili.plain(fields.get("projectID") or ""), born)
+def since(when: Any) -> float:
+    """A time in the file in monotonic seconds; now for what is no time, or lies ahead.
 
-
-def age(when: Any) -> float | None:
-    """Seconds since a time in the file; None for what is no time, or lies ahead."""
+    By the monotonic clock ages count on: a clock that is set back does not stop the questions.
+    """
+    now = time.monotonic()
     with contextlib.suppress(ValueError, OverflowError):
-        then = datetime.fromisoformat(str(when).replace("Z", "+00:00"))
-        seconds = time.time() - (then if then.tzinfo else then.replace(tzinfo=timezone.utc)).timestamp()
-        return seconds if seconds >= 0 else None
-    return None
+        return min(now, now - time.time() + db.utc(str(when)).timestamp())
+    return now
 
 
 class Waiting(dict[str, Order]):
@@ -436,24 +423,21 @@ class Troubles:
     def meet(self, order: Order, text: str, more: str = "", remind: bool = True, quiet: bool = False) -> None:
         """The order is in it; `more` is only said of this order."""
         kind = re.sub(r"[\w-]*\d[\w.-]*", "#", text)  # ids and numbers apart
-        known = kind in order.met
-        order.met = (*(other for other in order.met if other != kind), kind)  # the present one stands last
-        if known:
-            return
-        now = time.monotonic()
-        if kind in self._kinds:
-            self._kinds[kind].unsaid += not quiet
-        else:
+        if kind not in self._kinds:
+            now = time.monotonic()
             self._kinds[kind] = Trouble(text, remind, {}, now, now + MINUTE)
             if not quiet:
                 log.warning("%s %s%s", order.task_id, text, more)
+        elif kind not in order.met:
+            self._kinds[kind].unsaid += not quiet
         self._kinds[kind].orders[order.task_id] = order
+        order.met = (*(other for other in order.met if other != kind), kind)  # the present one stands last
 
-    def over(self, order: Order, quiet: bool = False) -> None:
+    def leave(self, order: Order, quiet: bool = False) -> None:
         """The order is out of all of them; `quiet` where it did not end well."""
         for kind in order.met:
             trouble = self._kinds[kind]
-            trouble.orders.pop(order.task_id, None)
+            del trouble.orders[order.task_id]
             if not trouble.orders:
                 del self._kinds[kind]
                 more = f" ({trouble.unsaid} more orders met it)" if trouble.unsaid else ""
@@ -503,14 +487,15 @@ class Outage:
     def begins(self, error: chili.AskAgainLater) -> None:
         """It was met, perhaps once more."""
         now = time.monotonic()
-        self.since = self.since if self.error else now
+        if self.error is None:
+            self.since = now
         if now >= self.until:
             self.times += 1
             self.until = now + growing(self.times, self.longest)
         if str(error) not in self.said and now >= self.lately.get(str(error), -MINUTE) + MINUTE:
             log.warning("all orders wait: %s", error)
             self.said[str(error)] = now
-        if "" not in self.said and now >= min(self.said.values(), default=now) + ALARM:
+        if "" not in self.said and now >= self.since + ALARM:
             log.error("all orders have waited for %s: %s", duration(ALARM), error)
             self.said[""] = now
         self.error = error
@@ -529,8 +514,14 @@ class Outage:
         """Seconds until somebody may be asked."""
         return max(0.0, max(self.until, self.alone) - time.monotonic())
 
+    def __str__(self) -> str:
+        """What it is; nothing where nobody has to wait."""
+        return str(self.error or ("GraFx wants to be left alone" if self.pause() else ""))
+
     def leave_alone(self, seconds: float) -> None:
         """GraFx asks for that."""
+        level = logging.DEBUG if self.pause() else logging.WARNING
+        log.log(level, "GraFx wants to be left alone for %.0f s", seconds)
         self.alone = max(self.alone, time.monotonic() + seconds)
 
 
@@ -551,8 +542,7 @@ class HandOff:
 
     def __init__(self, words: list[str], timeout: float) -> None:
         self.words, self.timeout = words, timeout
-        self.running: set[subprocess.Popen[bytes]] = set()
-        self.signalled: set[subprocess.Popen[bytes]] = set()
+        self.running: dict[subprocess.Popen[bytes], bool] = {}  # whether it was signalled before its end
         self.stopping = False
         self.failing = False  # the last one did
 
@@ -565,19 +555,10 @@ class HandOff:
             raise NotHandedOver("the poller stops")
         if file is None:
             raise NotHandedOver("its file was taken away before ON_DONE could have it")
-        process = self.start(order, file)
-        try:
+        with self.start(order, file) as process:  # the end of the block waits for it
             last = self.listen(order, process)
-        except subprocess.TimeoutExpired:
-            last = f"took longer than {self.timeout:g} s"
-            self.end(process, signal.SIGKILL)
-        finally:
-            code = process.wait()
-            self.running.discard(process)
-            if process.stdout:
-                process.stdout.close()
-        if process in self.signalled:  # whatever its exit code says, it was not done
-            self.signalled.discard(process)
+        code = process.returncode
+        if self.running.pop(process):  # whatever its exit code says, it was not done
             code, end = -1, "was ended by the poller" if self.stopping else last
         elif code < 0:
             end = f"was ended by signal {-code} ({signal.strsignal(-code)})"
@@ -586,7 +567,7 @@ class HandOff:
         log.debug("%s: ON_DONE %s", order.task_id, end)
         self.failing = code != 0
         if code:
-            kill(process, signal.SIGKILL)  # what it left running
+            self.end(process, signal.SIGKILL)  # what it left running
             raise NotHandedOver(f"ON_DONE {end}" + (f", it said: {last}" if last not in ("", end) else ""))
 
     def start(self, order: Order, file: Path) -> subprocess.Popen[bytes]:
@@ -602,55 +583,58 @@ class HandOff:
             )  # fmt: skip
         except (OSError, ValueError) as error:
             raise NotHandedOver(f"ON_DONE cannot be run: {error}") from None
-        self.running.add(process)
+        self.running[process] = False
         return process
 
     def listen(self, order: Order, process: subprocess.Popen[bytes]) -> str:
-        """Log what it says until it has ended; returns the last words. Raises TimeoutExpired.
-
-        What it leaves running may hold its output for ever: a second after its own end nobody listens.
-        """
-        until, ended, line, last = time.monotonic() + self.timeout, False, b"", ""
-        output: Any = process.stdout
-        while True:
-            now = time.monotonic()
-            if not ended and process.poll() is not None:
-                ended, until = True, now + 1.0
-            if now >= until or (ended and self.stopping):
-                break
-            if not select.select([output], [], [], min(0.1, until - now))[0]:
-                continue
-            data = os.read(output.fileno(), 2000)
-            *lines, line = (line + data).split(b"\n")
-            if not data or len(line) >= 2000:
-                lines, line = [*lines, line], b""
-            for said in filter(None, (chili.plain(text.decode(errors="replace")) for text in lines)):
+        """Log what it says until it has ended, at its timeout by force; returns the last words."""
+        last = ""
+        for line in self.lines(process):
+            if said := chili.plain(line.decode(errors="replace")):
                 last = said
                 level = logging.DEBUG if self.failing else logging.INFO  # else it is told for all orders
                 log.log(level, "%s: ON_DONE says: %s", order.task_id, said)
-            if not data:
-                process.wait(max(0.0, until - time.monotonic()))
-                break
-        if not ended and process.poll() is None:
-            raise subprocess.TimeoutExpired(self.words, self.timeout)
+        if process.poll() is None:
+            last = f"took longer than {self.timeout:g} s"
+            self.end(process, signal.SIGKILL)
         return last
 
+    def lines(self, process: subprocess.Popen[bytes]) -> Iterator[bytes]:
+        """What it says, in pieces where a line is too long, until it has ended or its time is over.
+
+        What it leaves running may hold its output for ever: a second after its own end nobody listens.
+        """
+        until, ended, line = time.monotonic() + self.timeout, False, b""
+        output: Any = process.stdout
+        while (now := time.monotonic()) < until and not (ended and self.stopping):
+            if not ended and process.poll() is not None:
+                ended, until = True, now + 1.0
+            if not select.select([output], [], [], min(0.1, until - now))[0]:
+                continue
+            data = os.read(output.fileno(), 2000)
+            if not data:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, until - time.monotonic()))
+                break
+            *lines, line = (line + data).split(b"\n")
+            yield from lines
+            if len(line) >= 2000:
+                yield line
+                line = b""
+        yield line
+
     def stop(self, how: int) -> None:
-        """Signal all that run, and all that they started."""
+        """Signal all that run; no more are begun."""
         self.stopping = True
         for process in tuple(self.running):
             self.end(process, how)
 
     def end(self, process: subprocess.Popen[bytes], how: int) -> None:
+        """Signal a command and all that it started."""
         if process.poll() is None:  # else it ended by itself, and only what it left running is meant
-            self.signalled.add(process)
-        kill(process, how)
-
-
-def kill(process: subprocess.Popen[bytes], how: int) -> None:
-    """Signal a command and all that it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, how)
+            self.running[process] = True
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, how)
 
 
 # --- the loop --------------------------------------------------------------------------------
@@ -665,7 +649,7 @@ def warn_of(entry: str) -> None:
 class Poller:
     """The single loop, its threads, and what becomes of an order: one method for each outcome."""
 
-    def __init__(self, settings: Settings, screen: Screen, lock: TextIO, once: bool = False) -> None:
+    def __init__(self, settings: Settings, screen: Screen, lock: TextIO, once: bool) -> None:
         self.settings, self.once = settings, once
         self.grafx = environment_of(settings)
         self.database = db.Database(settings.database, once)
@@ -683,7 +667,9 @@ class Poller:
     def run(self) -> int:
         """Poll until a signal, with `once` until each order was asked about; returns the exit code."""
         while True:
-            self.take(self.database.sync(soon=not self.asking and self.waiting.first() > time.monotonic()))
+            store = self.database.sync(soon=not self.asking and self.waiting.first() > time.monotonic())
+            if store and not self.once:
+                self.take(store)
             self.ask_due_orders()
             self.hear_answers()
             if self.stopping or (self.once and self.ready and not (self.waiting or self.asking)):
@@ -713,35 +699,33 @@ class Poller:
         self.stopping = True
         self.answers.put(None)
 
-    def take(self, store: db.Store | None) -> None:
+    def take(self, store: db.Store) -> None:
         """Know the orders of the file, and no others."""
-        if store is None or (self.once and self.ready):
-            return
-        new = [
-            task_id for task_id in store.orders if task_id not in self.waiting and task_id not in self.asking
-        ]
-        for task_id in new:
-            order = new_order(task_id, store.orders[task_id])
-            if record := self.database.failing.get(task_id):
-                self.go_on_failing(order, record)
-            self.waiting.put(order, 0.0)
+        new = []
+        for task_id, fields in store.orders.items():
+            if task_id not in self.waiting and task_id not in self.asking:
+                new.append(order := self.new_order(task_id, fields))
+                self.waiting.put(order, 0.0)
         for order in self.asking.values():
             order.gone = order.task_id not in store.orders
         gone = [self.waiting.pop(task_id) for task_id in self.waiting.keys() - store.orders.keys()]
         for order in gone:
-            self.forget(order)
+            self.clear(order, quiet=True)
         for entry in store.strange:
             warn_of(entry)
         if self.ready:
-            self.telling.came_and_went([self.waiting[task_id] for task_id in new], gone)
+            self.telling.came_and_went(new, gone)
 
-    def go_on_failing(self, order: Order, record: db.Fields) -> None:
-        """An earlier process saw it refused: that counts on."""
-        since, times = age(record.get("since")), record.get("times")
-        order.state, order.refused = "failing", time.monotonic() - (since or 0.0)
-        # The daemon asks three times more, since it does not note each time.
-        order.refusals = times if self.once and isinstance(times, int) else 0
-        self.troubles.meet(order, f"refused: {record.get('error')}", remind=False, quiet=True)
+    def new_order(self, task_id: str, fields: db.Fields) -> Order:
+        """An order as the file has it; where an earlier process saw it refused, that counts on."""
+        order = Order(task_id, chili.plain(fields.get("projectID") or ""), since(fields.get("added")))
+        if record := self.database.failing.get(task_id):
+            order.state, order.refused = "failing", since(record.get("since"))
+            times = record.get("times")
+            # The daemon asks three times more, since it does not note each time.
+            order.refusals = times if self.once and isinstance(times, int) else 0
+            self.troubles.meet(order, f"refused: {record.get('error')}", remind=False, quiet=True)
+        return order
 
     def ask_due_orders(self) -> None:
         """Give orders whose time has come to the threads, no more than may be asked about at once."""
@@ -771,19 +755,18 @@ class Poller:
                 answer = error
             self.answers.put((order, answer))
 
-    def ask(self, order: Order) -> bool:
-        """`chili.order_done`, then ON_DONE where it is set."""
+    def ask(self, order: Order) -> str:
+        """`chili.order_done`, then ON_DONE where it is set; returns the file's name, "" while it renders."""
         folder = self.settings.orders_dir
-        here = order.look and chili.was_here(folder, order.task_id)
-        order.look = True
+        # No file is here where it was still rendering a while ago, and to look takes a fifth of a question.
+        here = order.state != "rendering" and chili.was_here(folder, order.task_id)
         if not here and not chili.order_done(order.task_id, self.grafx, folder, order.progress):
-            order.look = False
-            return False
+            return ""
+        order.began = 0.0
         file = chili.find_file(folder, order.task_id)
-        order.file = file.name if file else order.task_id  # taken away already
         if self.hand_off:
             self.hand_off.give(order, file)
-        return True
+        return file.name if file else order.task_id  # taken away already
 
     def hear_answers(self) -> None:
         """Wait for an answer, but no longer than to the next order due, the next look, the next live line."""
@@ -791,13 +774,16 @@ class Poller:
         until = now + self.telling.tick()
         if self.ready and len(self.asking) < self.settings.concurrency:
             until = min(until, max(self.waiting.first(), now + self.outage.pause()))
-        with contextlib.suppress(queue.Empty):
-            answer = self.answers.get(timeout=max(0.0, until - now))
-            while True:
-                if answer:
-                    self.heard(*answer)
-                answer = self.answers.get_nowait()
+        self.hear(until - now)
         self.grafx.connections.cut()
+
+    def hear(self, seconds: float) -> None:
+        """Wait so long for an answer, then take all that came."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if answer := self.answers.get(timeout=max(0.0, seconds)):
+                    self.heard(*answer)
+                seconds = 0.0
 
     def heard(self, order: Order | None, answer: Any) -> None:
         """Decide what becomes of an order."""
@@ -809,17 +795,17 @@ class Poller:
             return
         del self.asking[order.task_id]
         match answer:
-            case True:
-                self.delivered(order)
-            case False:
+            case "":
                 self.rendering(order)
+            case str():
+                self.delivered(order, answer)
             case chili.OrderRefused():
                 self.refused(order, answer)
             case chili.AskAgainLater():
                 self.later(order, answer)
             case _:
                 self.unforeseen(order, answer)
-        order.size, order.file = 0, ""
+        order.size, order.began = 0, 0.0
 
     def token_came(self, answer: Any) -> None:
         """The first thing at the start: from now on orders are asked about, and systemd knows."""
@@ -829,19 +815,22 @@ class Poller:
         elif isinstance(answer, Exception) and not self.stopping:
             log.warning("%s%s", answer, "" if self.once else "; it is tried again when an order waits")
 
-    def delivered(self, order: Order) -> None:
+    def delivered(self, order: Order, file: str) -> None:
         """Its file is whole on the disk, and handed over: it may leave database.json."""
-        self.over(order, delivered=True)
-        self.database.delivered[order.task_id] = order.file
+        if order.size and (not self.hand_off or order.asked >= self.outage.since):
+            self.outage.ends(delivered=True)  # else the file was here before, or the command took long
+        self.clear(order)
+        self.database.delivered[order.task_id] = file
         amount = chili.human(order.size) if order.size else "here before"
-        kind, took = order.file.rpartition(".")[2], duration(time.monotonic() - order.born)
+        kind, took = file.rpartition(".")[2], duration(time.monotonic() - order.born)
         text = "%s delivered: %s, %s, %s after it was ordered"
         log.info(text, order.task_id, kind, amount, took, extra={"good": True})
         self.telling.count(order, "delivered")
 
     def rendering(self, order: Order) -> None:
         """204: GraFx works on it."""
-        self.over(order)
+        self.outage.ends(delivered=False)
+        self.clear(order)
         self.telling.count(order, "rendering")
         # So a file is here at most a quarter of its render time (and 2 s) after it is ready,
         # and an order that renders for an hour is not asked about 1,800 times.
@@ -856,9 +845,8 @@ class Poller:
         order.refused = order.refused or now
         left = order.refused + self.settings.give_up_after - now
         if error.final or (order.refusals >= REFUSALS and left <= 0):
-            self.troubles.over(order, quiet=True)
+            self.troubles.leave(order, quiet=True)
             self.database.failed[order.task_id] = (error.status, str(error))
-            self.exit_code = self.exit_code or int(self.once)
             log.error("%s failed, project %s: %s", order.task_id, order.project or "not given", error)
             self.telling.count(order, "failed")
             return
@@ -873,11 +861,11 @@ class Poller:
         known = self.database.failing.get(order.task_id, {})
         if known.get("status") == error.status and not self.once:
             return
-        since = known.get("since")
-        if age(since) is None:  # not known, or typed by somebody, or of a clock that was set back since
-            since = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        record = {"status": error.status, "error": str(error), "since": since, "times": order.refusals}
-        self.database.failing[order.task_id] = record
+        began = time.gmtime(round(time.time() - time.monotonic() + order.refused))
+        self.database.failing[order.task_id] = {
+            "status": error.status, "error": str(error),
+            "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", began), "times": order.refusals,
+        }  # fmt: skip
 
     def later(self, order: Order, error: chili.AskAgainLater) -> None:
         """The order could not be asked about, or not be delivered, through no fault of its own."""
@@ -885,19 +873,16 @@ class Poller:
             self.again(order, 0.0)
             return
         self.not_refused(order)
-        self.exit_code = self.exit_code or int(self.once)
         if error.pause:
-            log.log(logging.DEBUG if self.outage.pause() else logging.WARNING,
-                    "GraFx wants to be left alone for %.0f s", error.pause)  # fmt: skip
             self.outage.leave_alone(error.pause)
         # Who was asked before the present state began says nothing of it.
-        now = order.asked >= self.outage.since
-        if error.shared and (now or self.outage.error):
+        fresh = order.asked >= self.outage.since
+        if error.shared and (fresh or self.outage.error):
             self.outage.begins(error)
             self.telling.results["stuck"] += 1
             self.again(order, 0.0)
             return
-        if now and not isinstance(error, NotHandedOver):
+        if fresh and not isinstance(error, NotHandedOver):
             self.outage.ends(delivered=False)
         order.troubles += 1
         self.troubles.meet(order, f"waits: {error}")
@@ -911,14 +896,12 @@ class Poller:
             log.error("%s: unexpected error, please report it", order.task_id, exc_info=error)
         self.later(order, later)
 
-    def over(self, order: Order, delivered: bool = False) -> None:
-        """A good answer: what the order was in, and perhaps all orders, is over."""
-        came = order.size > 0 and (not self.hand_off or order.asked >= self.outage.since)
-        if came or not delivered:  # else the file was here, or the command took long
-            self.outage.ends(delivered)
+    def clear(self, order: Order, quiet: bool = False) -> None:
+        """It is in no trouble any more; `quiet` where somebody took it out of the file."""
         order.troubles = 0
         self.not_refused(order)
-        self.troubles.over(order)
+        self.troubles.leave(order, quiet)
+        self.telling.stale = True
 
     def not_refused(self, order: Order) -> None:
         """An answer that is no refusal: "on end" begins anew."""
@@ -928,14 +911,9 @@ class Poller:
     def again(self, order: Order, pause: float) -> None:
         """Re-queue it, except where each order is asked about once, or where somebody took it out."""
         if order.gone:
-            self.forget(order)
+            self.clear(order, quiet=True)
         elif not self.once:
             self.waiting.put(order, pause)
-
-    def forget(self, order: Order) -> None:
-        """Somebody took it out of the file."""
-        self.troubles.over(order, quiet=True)
-        self.not_refused(order)
 
     def stop(self) -> int:
         """Drop what is under way, write what came of the rest."""
@@ -945,13 +923,11 @@ class Poller:
         while self.asking and time.monotonic() < deadline:
             self.grafx.connections.cut(everything=True)
             self.hand_off.stop(signal.SIGTERM)
-            with contextlib.suppress(queue.Empty):
-                answer = self.answers.get(timeout=0.05)
-                if answer:
-                    self.heard(*answer)
+            self.hear(0.05)
         self.hand_off.stop(signal.SIGKILL)
-        if not self.database.flush() and self.once:
-            self.exit_code = 1
+        bad = self.telling.results.keys() & {"failed", "not handed over", "stuck"}
+        if (not self.database.flush() or bad) and self.once:
+            self.exit_code = self.exit_code or 1
         with contextlib.suppress(OSError):
             chili.remove_leftovers(self.settings.orders_dir)
         self.telling.stop(self)
@@ -998,7 +974,9 @@ class Telling:
         ready, self.told = "" if self.told else "READY=1\n", now
         poller.troubles.tell()
         loading = [order for order in poller.asking.values() if order.loading()]
-        waits, wrong, stuck = *self.wrong(poller), poller.troubles.worst()
+        outage, stuck = poller.outage, poller.troubles.worst()
+        waits = f"again in {outage.pause():.0f} s: " if outage.pause() else ""
+        wrong = "; ".join(filter(None, (str(outage), poller.database.problem)))
         if (note := "; ".join(filter(None, (wrong, stuck)))) != self.note:
             self.note = note
             db.take_note(self.lock, note)
@@ -1016,21 +994,13 @@ class Telling:
                 order.logged = now
                 log.info("%s downloading: %s", order.task_id, order.loading())
 
-    def wrong(self, poller: Poller) -> tuple[str, str]:
-        """What is wrong for all orders: when it is tried again, and what it is."""
-        pause, outage = poller.outage.pause(), poller.outage.error
-        waits = f"again in {pause:.0f} s: " if pause else ""
-        found = str(outage) if outage else "GraFx wants to be left alone" if pause else ""
-        return waits, "; ".join(filter(None, (found, poller.database.problem)))
-
     def counts(self, poller: Poller, loading: list[Order]) -> str:
         """How many orders are in which state, each in one."""
         if self.stale:  # there may be 20,000 of them
             orders = itertools.chain(poller.waiting.values(), poller.asking.values())
             self.states, self.stale = Counter(order.state for order in orders), False
-        states = (
-            self.states + Counter("downloading" for _ in loading) - Counter(order.state for order in loading)
-        )
+        states = self.states - Counter(order.state for order in loading)
+        states["downloading"] = len(loading)
         return ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
 
     def stop(self, poller: Poller) -> None:

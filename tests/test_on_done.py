@@ -338,6 +338,16 @@ def test_what_it_leaves_behind_costs_nothing(desk: Desk) -> None:
     eventually(lambda: process.num_fds() <= descriptors + 8)  # connections
 
 
+@pytest.mark.parametrize("end", ["exit 1", "wait"], ids=["leaves it open", "takes too long"])
+def test_words_without_the_end_of_a_line_are_logged_too(desk: Desk, end: str) -> None:
+    """Of a command that asks for a password, they are all that it says."""
+    desk.command(f"printf 'Password: '\nsleep 600 & echo $! >>\"$FOLDER/pids\"\n{end}")
+    task_id = desk.order()
+    running = desk.home.start(before=QUICK, ON_DONE_TIMEOUT="1")
+    running.says(f"{task_id} waits: ON_DONE (ended with 1, it said: Password:|took longer than 1 s)\n")
+    assert f"{task_id}: ON_DONE says: Password:\n" in running.log()
+
+
 def test_a_secret_that_it_says_is_not_logged(desk: Desk) -> None:
     home, grafx = desk.home, desk.grafx
     desk.command(f'{WAIT}cat "$FOLDER/known"; exit 1')

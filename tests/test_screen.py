@@ -7,6 +7,7 @@ import os
 import re
 import select
 import signal
+import socket
 import struct
 import subprocess
 import termios
@@ -124,6 +125,19 @@ def test_one_order_that_is_stuck_hides_nothing(home: Home, terminal: Callable[..
     home.wait_for(home.grafx.add("never"), home.grafx.add(link="http://127.0.0.1:1/file"))
     shown = terminal(80)
     shown.shows(r"1 rendering, 1 stuck \| asks in \d+ s \| 1 stuck: the download's server is unr")
+
+
+def test_an_order_that_was_taken_out_while_it_was_asked_about_is_not_counted(
+    home: Home, terminal: Callable[..., Terminal]
+) -> None:
+    stays, other = home.grafx.add("never"), home.grafx.add("never")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # until it is closed
+        home.wait_for(home.grafx.add(link=f"http://127.0.0.1:{silent.getsockname()[1]}/file"), stays)
+        shown = terminal(80, "poller.SHORTEST_PAUSE = 60", POLL_INTERVAL="60")
+        shown.shows(r"1 new, 1 rendering \|")
+        home.wait_for(stays, other)
+        shown.shows(r"1 new, 2 rendering \|")  # so it knows that the first one was taken out
+    shown.shows(r"2 rendering \|")
 
 
 def test_letters_that_are_wide_do_not_break_the_line(home: Home, terminal: Callable[..., Terminal]) -> None:
