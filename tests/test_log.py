@@ -135,7 +135,7 @@ def test_an_order_that_is_stuck_is_told_again_and_to_everybody(home: Home) -> No
     daemon.stop()
     times = [float(text) for text in re.findall(r"still after ([\d.]+) s", daemon.log())]
     assert len(times) == 2  # after 1 and 4; the next would be after 16
-    assert times[1] >= 4 * times[0]
+    assert times[1] >= 4 * times[0] - 0.25  # as far as both can be rounded
 
 
 def test_when_all_have_waited_for_ten_minutes_it_is_an_error(home: Home) -> None:
