@@ -434,6 +434,7 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
     wanted = {item.name for item in request.session.items}  # `pytest -k` may want a few only
     cases = [case for case in CASES if f"test_machine[{case.__name__}]" in wanted]
+    tmp_path_factory.getbasetemp()  # made here, once, and not by several of them at the same time
     with Sandbox() as grafx:
         grafx.body(grafx.add(size=10_000))  # what it pads files with is the same for all from here on
     with ThreadPoolExecutor(len(cases)) as pool:
