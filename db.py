@@ -117,6 +117,11 @@ def _stamp(when: datetime | None = None) -> str:
     return (when or datetime.now(timezone.utc)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+@functools.lru_cache(maxsize=1000)  # so once for each
+def warn_once(problem: str) -> None:
+    log.warning("%s", problem)
+
+
 # --- the text --------------------------------------------------------------------------------
 
 # On one line the encoder is C; with an indent it is Python, and ten times as slow.
@@ -339,10 +344,12 @@ class Watch:
             self.seen, self.since, self.problem = seen, time.monotonic(), ""
         young = time.monotonic() < self.since + SAVING
         if seen is None and not young:
+            if self.problem:
+                log.warning("%s is missing: that counts as no orders. Put it back.", self.path)
             self.problem = ""
             return _store({"orders": {}, "failed": {}})
         if seen is None:  # some editors rename a file away before they write the new one
-            self.problem = f"{self.path} was there and is missing. Put it back."
+            self.problem = f"{self.path} is missing. Put it back."
         elif not self.problem:
             try:
                 return _store(_parse(raw))
@@ -410,7 +417,8 @@ def take_note(lock: TextIO, note: str) -> None:
     """Write into a held lock whose it is, and the poller's note for `db.py list`."""
     with contextlib.suppress(OSError):  # it is for people; the lock itself is the kernel's
         os.ftruncate(lock.fileno(), 0)
-        os.write(lock.fileno(), f"{os.getpid()} {note}\n".encode())  # unbuffered: nothing is left for close
+        text = f"{os.getpid()} {note}\n".encode(errors="backslashreplace")
+        os.write(lock.fileno(), text)  # unbuffered: nothing is left for close
 
 
 def _change(path: Path, edit: Callable[[Store], bool]) -> bool:
@@ -515,11 +523,6 @@ def sync_folder(folder: Path) -> None:
 # --- the list of what was delivered ----------------------------------------------------------
 
 
-@functools.cache  # so once for each
-def _warn(problem: str) -> None:
-    log.warning("%s", problem)
-
-
 class Deliveries:
     """`.database.json.delivered`: one line for each delivery, `<UTC> <task id> <file name>`.
 
@@ -541,12 +544,12 @@ class Deliveries:
         try:
             self._read_on()
         except OSError as error:
-            _warn(f"cannot read {self.path}: {error.strerror}. Mend that: nothing counts as delivered.")
+            warn_once(f"cannot read {self.path}: {error.strerror}. Mend that: nothing counts as delivered.")
 
     def _read_on(self) -> None:
         now = version(self.path)
         if self.file and not now:
-            _warn(f"{self.path} was taken away: what was delivered before counts as never delivered.")
+            warn_once(f"{self.path} was taken away: what was delivered before counts as never delivered.")
         file, size = (now[:2], now[2]) if now else (None, 0)
         if file != self.file or size < self.end:
             self.ids.clear()
@@ -567,7 +570,7 @@ class Deliveries:
         elif match:
             self.ids.add(match[2].decode())
         elif line != b"\n":
-            _warn(f"{self.path}: lines that speak of no delivery are passed over.")
+            warn_once(f"{self.path}: lines that speak of no delivery are passed over.")
 
     def add(self, files: Mapping[str, str]) -> None:
         """Note deliveries, task id to file name; when this returns they are on the disk.
@@ -604,7 +607,7 @@ class Deliveries:
         except Busy:
             pass  # the next time will do
         except (DatabaseError, OSError) as error:
-            _warn(f"{self.path} cannot be shortened: {error}")
+            warn_once(f"{self.path} cannot be shortened: {error}")
 
     def last(self, task_id: str) -> tuple[str, str] | None:
         """When an order was delivered (UTC) and as which file, without making sense of all of the list."""
@@ -639,7 +642,7 @@ class _Turn:
     look: float = 0.0  # when the next look is due
     write: float = 0.0  # until when nothing is written
     busy: float = math.inf  # since when the lock is another's
-    over: set[str] = field(default_factory=set)  # orders in the file that are on the list: to be taken out
+    over: set[str] = field(default_factory=set)  # delivered, but still in the file: to be taken out
     failing: dict[str, Fields] = field(default_factory=dict)  # in the file
     problems: dict[str, str] = field(default_factory=dict)  # with the "database" and with the "list"
 
@@ -654,7 +657,7 @@ class Database:
 
     def __init__(self, path: Path, once: bool = False) -> None:
         self.path, self.watch, self.deliveries = path, Watch(path), Deliveries(path)
-        self.once = once  # then the file is read at the start only
+        self.once = once  # then nobody looks for new orders
         self.failing: dict[str, Fields] = {}
         self.delivered: dict[str, str] = {}  # these two only until they are written
         self.failed: Failures = {}
@@ -685,7 +688,8 @@ class Database:
             self._note()
         if now >= turn.write and (look or (soon and "database" not in turn.problems)) and self._unwritten():
             store = self._tried(self._write)
-        if look and not store and not self.once and self.watch.changed():
+        # Where there is a problem: it may be over though nobody changed the file.
+        if look and not store and not self.once and (self.watch.changed() or "database" in turn.problems):
             store = self._tried(lambda: self._shown(self.watch.read()))
         return store
 
@@ -768,7 +772,7 @@ class Database:
         return over
 
     def _shown(self, store: Store) -> Store:
-        """Remember what the file has; only what has not ended is the loop's business."""
+        """Remember what the file has; returns it without what has ended, which is not the loop's business."""
         over, self._turn.failing = self._over(store), store.failing
         for task_id in (over | self.delivered.keys() | self.failed.keys()) & store.orders.keys():
             del store.orders[task_id]
@@ -926,12 +930,16 @@ def _run(given: argparse.Namespace, path: Path) -> None:
 
 
 def open_streams() -> None:
-    """Where a standard stream was closed, as by 2>&-, no other file may take its place."""
+    """Let each standard stream be one that takes any text.
+
+    Where one was closed, as by 2>&-, no other file may take its place.
+    """
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
     sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what a terminal cannot show
 
 
 def main() -> int:
@@ -953,7 +961,6 @@ def main() -> int:
         some = given.since is not None or given.status is not None
         if (given.task_id is not None) + given.all + some != 1:
             retry.error("give one of: TASK_ID, --all, or --since and --status")
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what a terminal cannot show
     for name in (signal.SIGPIPE, signal.SIGINT):  # `db.py list | head` and Ctrl-C are no errors
         signal.signal(name, signal.SIG_DFL)
     try:

@@ -463,6 +463,9 @@ def test_a_file_that_is_moved_aside_is_missed_only_after_a_while(
     assert store.orders == {}
     assert database.failed == {}
     assert not database.path.exists()
+    assert said(caplog) == [
+        ("WARNING", f"{database.path} is missing: that counts as no orders. Put it back.")
+    ]
     aside.rename(database.path)
     assert list(told(database, lambda store: True).orders) == ["b", "c"]
 
@@ -540,6 +543,15 @@ def test_a_folder_that_takes_no_file_is_said_once(
     temp.rmdir()
     told(database, lambda store: content(database)["orders"] == ["b", "typed"])
     assert (database.problem, said(caplog, logging.INFO)) == ("", [("INFO", f"over: {line}")])
+
+
+def test_a_write_that_is_not_needed_any_more_is_no_problem(database: db.Database) -> None:
+    temp = database.path.with_name(".database.json.tmp")
+    (temp / "x").mkdir(parents=True)
+    database.failing["a"] = {"status": 500}
+    eventually(lambda: database.sync(True) or database.problem)
+    del database.failing["a"]  # GraFx has taken that back
+    eventually(lambda: database.sync(True) or not database.problem)
 
 
 def test_a_broken_file_of_ten_megabytes_costs_little(database: db.Database) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -174,6 +177,46 @@ def test_refused_credentials_end_it_at_the_start(home: Home) -> None:
     assert home.grafx.client_secret not in ended.log()
     assert {request.what for request in home.grafx.requests} == {"token"}
     assert len(home.waiting()) == 1
+
+
+def test_refused_credentials_are_said_once(home: Home) -> None:
+    home.grafx.refuse_credentials = True
+    home.wait_for(home.grafx.add())
+    ended = home.run()
+    assert ended.process.returncode == 78
+    assert ended.log().count("refuses SERVER_ID and SERVER_SECRET") == 1
+
+
+def test_a_folder_may_have_any_name(home: Home) -> None:
+    """Here no UTF-8, and its trouble stands in the note for db.py list, in systemd's status, in --check."""
+    odd = os.fsdecode(os.fsencode(home.folder) + b"/\xff")
+    Path(odd).mkdir()
+    home.database = Path(odd, "database.json")
+    home.env |= {"DATABASE": str(home.database)}
+    home.database.write_text('{"orders": ')
+    checked = home.run("--check", LANG="C.UTF-8")
+    assert re.search(r"WRONG database: .*/\\udcff/database.json: line 1", checked.log())
+    home.wait_for(home.grafx.add("never"))
+    daemon = home.start(before=QUICK)
+    daemon.says("1 waiting")
+    home.database.write_text('{"orders": ')
+    daemon.says("line 1, column 12")
+    home.wait_for(home.grafx.add())
+    eventually(lambda: not home.waiting())
+    assert daemon.stop() == 0
+
+
+def test_check_of_what_is_not_there_yet_is_quick_and_leaves_nothing_to_miss(home: Home) -> None:
+    def seconds(step: Callable[[], object]) -> float:
+        began = time.monotonic()
+        step()
+        return time.monotonic() - began
+
+    home.write({"orders": {}})
+    usual = min(seconds(lambda: home.run("--check")) for _ in range(3))
+    for path in home.folder.glob("*database.json*"):
+        path.unlink()
+    assert seconds(lambda: home.run("--check")) < usual + db.SAVING
 
 
 def test_a_network_that_is_not_there_yet_is_no_reason_to_end(home: Home, relay: type[Relay]) -> None:
