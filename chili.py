@@ -87,7 +87,7 @@ class OrderRefused(Exception):
 class AskAgainLater(Exception):
     """Not the order's fault.
 
-    shared: it stands in every order's way. pause: seconds that GraFx wants to be left alone.
+    shared: it stands in every order's way. pause: seconds that GraFx wants to be left alone, by all orders.
     """
 
     def __init__(self, message: str, shared: bool = False, pause: float | None = None) -> None:
@@ -385,7 +385,10 @@ class Answer:
             raise AskAgainLater("redirected to what is no http address") from None
 
     def trouble(self, what: str = "") -> OrderRefused | AskAgainLater:
-        """What an answer that is neither 200 nor 204 means, in one line. Raises AskAgainLater."""
+        """What an answer that is neither 200 nor 204 means, in one line, for the caller to raise.
+
+        Raises AskAgainLater where its body breaks off.
+        """
         plainly = f"{what}{self.who} answered {self}"
         passing = self.status in (401, 407, 408, 425, 429) or not 400 <= self.status <= 500
         problem = {} if passing else self.json()  # RFC 9457
@@ -584,7 +587,7 @@ class GraFx:
     def _takes(self, token: _Token) -> bool:
         """Whether GraFx takes the token for a task that cannot exist: then a 401 was the order's own."""
         with self._ask_with(token, self.tasks + NOBODYS) as answer:
-            return answer.status < 500 and answer.status not in (401, 429)
+            return answer.status < 300 or answer.status in (403, 404)
 
     def _ask_with(self, token: _Token, url: str) -> Answer:
         turn = self.pace.wait()
@@ -661,11 +664,11 @@ def find_file(orders_dir: Path, task_id: str) -> Path | None:
     return None
 
 
-def was_here(orders_dir: Path, task_id: str) -> bool:
-    """Whether the file was left by a process that was killed before its caller could note it.
+def is_here(orders_dir: Path, task_id: str) -> bool:
+    """Whether a task's file is here: its order was not noted as delivered, or is to be handed over again.
 
-    It is whole, since it has its final name, but perhaps not yet for ever: so that is made sure of.
-    Raises AskAgainLater.
+    It is whole, since it has its final name; but where a process was killed right after the rename perhaps
+    not yet for ever, so that is made sure of. Raises AskAgainLater.
     """
     here = find_file(orders_dir, task_id) is not None
     if here:

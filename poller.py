@@ -12,14 +12,13 @@ from __future__ import annotations
 import os
 import signal
 
-if __name__ == "__main__":  # before the slow imports: until `run` has its own, a stop needs no words
+if __name__ == "__main__":  # before the slow imports: until `Poller.begin`, a stop needs no words
     for _name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(_name) != signal.SIG_IGN:  # as nohup has it
             signal.signal(_name, lambda *_: os._exit(0))
 
 import argparse
 import contextlib
-import functools
 import heapq
 import ipaddress
 import itertools
@@ -144,7 +143,8 @@ def command(text: str) -> list[str]:
     return words
 
 
-# Its name, in lower case, is its field of `Settings`; how it is read; its default, or what is required.
+# Its name, in lower case, is its field of `Settings`; how it is read; its default, or for those that are
+# REQUIRED what has to be written there.
 READERS: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     ("SERVER_ID", str, "the integration's client id"),
     ("SERVER_SECRET", str, "the integration's client secret"),
@@ -414,6 +414,11 @@ class Trouble:
     unsaid: int = 0  # orders that met it since it was said
 
 
+def kind_of(text: str) -> str:
+    """What is the same for many orders: a text without its ids and numbers."""
+    return re.sub(r"[\w-]*\d[\w.-]*", "#", text)
+
+
 class Troubles:
     """What orders meet on their own, each kind said once for all, then now and then, then when it is over."""
 
@@ -422,10 +427,10 @@ class Troubles:
 
     def meet(self, order: Order, text: str, more: str = "", remind: bool = True, quiet: bool = False) -> None:
         """The order is in it; `more` is only said of this order."""
-        kind = re.sub(r"[\w-]*\d[\w.-]*", "#", text)  # ids and numbers apart
+        kind = kind_of(text)
         if kind not in self._kinds:
-            now = time.monotonic()
-            self._kinds[kind] = Trouble(text, remind, {}, now, now + MINUTE)
+            now, of_all = time.monotonic(), text.replace(order.task_id, "#")
+            self._kinds[kind] = Trouble(of_all, remind, {}, now, now + MINUTE)
             if not quiet:
                 log.warning("%s %s%s", order.task_id, text, more)
         elif kind not in order.met:
@@ -434,14 +439,14 @@ class Troubles:
         order.met = (*(other for other in order.met if other != kind), kind)  # the present one stands last
 
     def leave(self, order: Order, quiet: bool = False) -> None:
-        """The order is out of all of them; `quiet` where it did not end well."""
+        """The order is out of all of them; `quiet` where it did not end well, and that is said already."""
         for kind in order.met:
             trouble = self._kinds[kind]
             del trouble.orders[order.task_id]
             if not trouble.orders:
                 del self._kinds[kind]
                 more = f" ({trouble.unsaid} more orders met it)" if trouble.unsaid else ""
-                if more or not quiet:
+                if not quiet:
                     log.info("over: %s %s%s", order.task_id, trouble.text, more)
         order.met = ()
 
@@ -464,8 +469,8 @@ class Troubles:
             if stuck:
                 yield trouble, stuck
 
-    def worst(self) -> str:
-        """The one that has lasted longest, for the live line."""
+    def oldest(self) -> str:
+        """The one that has lasted longest, for who looks: live line, systemd's status, `db.py list`."""
         for trouble, stuck in self.present():
             if trouble.remind:
                 return f"{len(stuck)} stuck: {trouble.text.removeprefix('waits: ')}"
@@ -640,20 +645,18 @@ class HandOff:
 # --- the loop --------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1000)  # so once for each
-def warn_of(entry: str) -> None:
-    """An entry of the file that is no order."""
-    log.warning("no task id, left alone in the database: %s", entry)
-
-
 class Poller:
-    """The single loop, its threads, and what becomes of an order: one method for each outcome."""
+    """The single loop, its threads, and what becomes of an order: one method for each outcome.
+
+    An order that the file has is in `waiting`; from when it is given to a thread (by `todo`) until its answer
+    is heard (by `answers`) it is in `asking`; when it has ended, it is an outcome in `database`, until the
+    file says so. All of that is the loop's alone. A thread gives its order a file and tells how far it is.
+    """
 
     def __init__(self, settings: Settings, screen: Screen, lock: TextIO, once: bool) -> None:
         self.settings, self.once = settings, once
         self.grafx = environment_of(settings)
         self.database = db.Database(settings.database, once)
-        # An order is in exactly one of these two, until it has ended: then it is an outcome in `database`.
         self.waiting = Waiting()
         self.asking: dict[str, Order] = {}
         self.todo: queue.SimpleQueue[Order | None] = queue.SimpleQueue()  # None: only the token
@@ -712,7 +715,7 @@ class Poller:
         for order in gone:
             self.clear(order, quiet=True)
         for entry in store.strange:
-            warn_of(entry)
+            db.warn_once(f"no task id, left alone in the database: {entry}")
         if self.ready:
             self.telling.came_and_went(new, gone)
 
@@ -736,14 +739,26 @@ class Poller:
                 log.warning("%d orders were not asked about; the next run will do it", len(self.waiting))
                 self.waiting.clear()
                 self.exit_code = 1
+            self.hand_over_again()
             return
+        while len(self.asking) < self.settings.concurrency and self.waiting.first() <= time.monotonic():
+            self.give_out(self.waiting.take_first())
+
+    def hand_over_again(self) -> None:
+        """While all orders wait, those whose file is here need no GraFx, and no room on the disk."""
         now = time.monotonic()
-        while len(self.asking) < self.settings.concurrency and self.waiting.first() <= now:
-            order = self.waiting.take_first()
-            log.debug("%s asked about, project %s", order.task_id, order.project or "not given")
-            order.asked = now
-            self.asking[order.task_id] = order
-            self.todo.put(order)
+        for order in list(self.waiting.values()):
+            if order.state == "not handed over" and order.due <= now:
+                if len(self.asking) >= self.settings.concurrency:
+                    break
+                self.give_out(self.waiting.pop(order.task_id))
+
+    def give_out(self, order: Order) -> None:
+        """To a thread, the next one that is free."""
+        log.debug("%s asked about, project %s", order.task_id, order.project or "not given")
+        order.asked = time.monotonic()
+        self.asking[order.task_id] = order
+        self.todo.put(order)
 
     def work(self) -> None:
         """A thread: ask about one order after the other."""
@@ -759,7 +774,7 @@ class Poller:
         """`chili.order_done`, then ON_DONE where it is set; returns the file's name, "" while it renders."""
         folder = self.settings.orders_dir
         # No file is here where it was still rendering a while ago, and to look takes a fifth of a question.
-        here = order.state != "rendering" and chili.was_here(folder, order.task_id)
+        here = order.state != "rendering" and chili.is_here(folder, order.task_id)
         if not here and not chili.order_done(order.task_id, self.grafx, folder, order.progress):
             return ""
         order.began = 0.0
@@ -810,9 +825,11 @@ class Poller:
     def token_came(self, answer: Any) -> None:
         """The first thing at the start: from now on orders are asked about, and systemd knows."""
         self.ready = True
+        if self.stopping:
+            return
         if isinstance(answer, chili.AskAgainLater) and self.waiting:
             self.outage.begins(answer)
-        elif isinstance(answer, Exception) and not self.stopping:
+        elif isinstance(answer, Exception):
             log.warning("%s%s", answer, "" if self.once else "; it is tried again when an order waits")
 
     def delivered(self, order: Order, file: str) -> None:
@@ -822,14 +839,15 @@ class Poller:
         self.clear(order)
         self.database.delivered[order.task_id] = file
         amount = chili.human(order.size) if order.size else "here before"
-        kind, took = file.rpartition(".")[2], duration(time.monotonic() - order.born)
+        kind = Path(file).suffix.removeprefix(".") or "taken away already"
+        took = duration(time.monotonic() - order.born)
         text = "%s delivered: %s, %s, %s after it was ordered"
         log.info(text, order.task_id, kind, amount, took, extra={"good": True})
         self.telling.count(order, "delivered")
 
     def rendering(self, order: Order) -> None:
         """204: GraFx works on it."""
-        self.outage.ends(delivered=False)
+        self.way_is_free(order)
         self.clear(order)
         self.telling.count(order, "rendering")
         # So a file is here at most a quarter of its render time (and 2 s) after it is ready,
@@ -840,7 +858,7 @@ class Poller:
     def refused(self, order: Order, error: chili.OrderRefused) -> None:
         """GraFx says that there is no such file. It has failed when that was so for GIVE_UP_AFTER on end."""
         now = time.monotonic()
-        self.outage.ends(delivered=False)
+        self.way_is_free(order)
         order.troubles, order.refusals = 0, order.refusals + 1
         order.refused = order.refused or now
         left = order.refused + self.settings.give_up_after - now
@@ -857,7 +875,7 @@ class Poller:
         self.again(order, growing(order.refusals, self.settings.poll_interval))
 
     def note_refusal(self, order: Order, error: chili.OrderRefused) -> None:
-        """Into database.json; each single time only where the next one is another process's."""
+        """Have it under "failing" where its status is new; with `--once` each time, for the next run."""
         known = self.database.failing.get(order.task_id, {})
         if known.get("status") == error.status and not self.once:
             return
@@ -875,15 +893,14 @@ class Poller:
         self.not_refused(order)
         if error.pause:
             self.outage.leave_alone(error.pause)
-        # Who was asked before the present state began says nothing of it.
-        fresh = order.asked >= self.outage.since
-        if error.shared and (fresh or self.outage.error):
+        # An echo of an outage that is over is this order's trouble alone.
+        if error.shared and (self.outage.error or order.asked >= self.outage.since):
             self.outage.begins(error)
             self.telling.results["stuck"] += 1
             self.again(order, 0.0)
             return
-        if fresh and not isinstance(error, NotHandedOver):
-            self.outage.ends(delivered=False)
+        if not isinstance(error, NotHandedOver):
+            self.way_is_free(order)
         order.troubles += 1
         self.troubles.meet(order, f"waits: {error}")
         self.telling.count(order, "not handed over" if isinstance(error, NotHandedOver) else "stuck")
@@ -892,9 +909,14 @@ class Poller:
     def unforeseen(self, order: Order, error: Exception) -> None:
         """A fault of ours: it is said once with all that helps to find it, and the order goes on waiting."""
         later = chili.AskAgainLater(f"unexpected {type(error).__name__}")
-        if f"waits: {later}" not in order.met:
+        if kind_of(f"waits: {later}") not in order.met:
             log.error("%s: unexpected error, please report it", order.task_id, exc_info=error)
         self.later(order, later)
+
+    def way_is_free(self, order: Order) -> None:
+        """GraFx has answered; but who was asked before the present outage began says nothing of it."""
+        if order.asked >= self.outage.since:
+            self.outage.ends(delivered=False)
 
     def clear(self, order: Order, quiet: bool = False) -> None:
         """It is in no trouble any more; `quiet` where somebody took it out of the file."""
@@ -904,7 +926,7 @@ class Poller:
         self.telling.stale = True
 
     def not_refused(self, order: Order) -> None:
-        """An answer that is no refusal: "on end" begins anew."""
+        """Anything but a refusal came of it: "on end" begins anew."""
         order.refusals, order.refused = 0, 0.0
         self.database.failing.pop(order.task_id, None)
 
@@ -941,7 +963,7 @@ class Telling:
         self.screen, self.lock = screen, lock
         self.states: Counter[str] = Counter()  # of the orders that wait
         self.results: Counter[str] = Counter()  # of all questions
-        self.last = self.note = ""  # the last delivery
+        self.last = self.note = ""  # the last delivery; what `db.py list` says of the poller
         self.told = 0.0
         self.stale = True  # whether `states` are of before
 
@@ -974,7 +996,7 @@ class Telling:
         ready, self.told = "" if self.told else "READY=1\n", now
         poller.troubles.tell()
         loading = [order for order in poller.asking.values() if order.loading()]
-        outage, stuck = poller.outage, poller.troubles.worst()
+        outage, stuck = poller.outage, poller.troubles.oldest()
         waits = f"again in {outage.pause():.0f} s: " if outage.pause() else ""
         wrong = "; ".join(filter(None, (str(outage), poller.database.problem)))
         if (note := "; ".join(filter(None, (wrong, stuck)))) != self.note:
@@ -1021,8 +1043,9 @@ def check(settings: Settings) -> int:
     grafx = environment_of(settings)
 
     def database() -> str:
-        with db.lock(settings.database, "lock", db.PATIENCE):  # as it has to be written
-            store = db.read(settings.database)
+        store = db.read(settings.database)
+        with db.lock(settings.database, "lock", db.PATIENCE):
+            pass  # it can be had, so the file can be written
         return f"{settings.database}: {len(store.orders)} waiting, {len(store.failed)} failed"
 
     def folder() -> str:

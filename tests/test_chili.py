@@ -173,8 +173,8 @@ def test_what_is_not_the_whole_file_is_never_delivered(ask: Asker, task: Any, fa
 def test_a_file_that_is_there_is_found(tmp_path: Path, extension: str) -> None:
     (tmp_path / f"task.{extension}").write_bytes(b"here")
     assert chili.find_file(tmp_path, "task") == tmp_path / f"task.{extension}"
-    assert chili.was_here(tmp_path, "task")
-    assert not chili.was_here(tmp_path, "other")
+    assert chili.is_here(tmp_path, "task")
+    assert not chili.is_here(tmp_path, "other")
 
 
 def test_the_file_is_durable_before_it_has_its_name_and_the_name_before_it_counts(

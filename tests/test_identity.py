@@ -412,6 +412,35 @@ def test_what_all_wait_for_is_over_with_the_first_good_answer(home: Home) -> Non
     delivered(home, first, a)
 
 
+def test_who_was_asked_before_all_had_to_wait_does_not_end_that(home: Home) -> None:
+    """A slow 204, on its way when the token could not be had any more."""
+    grafx = home.grafx
+    slow, other = grafx.add("never"), grafx.add("never")
+    home.wait_for(slow)
+    with daemon(home, 2, POLL_INTERVAL="30") as running:
+        eventually(lambda: asked(home, slow))
+        delay = grafx.fault("task", "delay", task_id=slow, seconds=3)
+        eventually(lambda: delay.times == 0)
+        grafx.fault("token", "status-503", times=None)
+        grafx.revoke()
+        home.wait_for(slow, other)
+        running.says("all orders wait")
+        time.sleep(4)  # by now it has heard of that
+        assert "INFO    over" not in running.log()
+
+
+@pytest.mark.parametrize("elsewhere", ["redirect-away", "status-400"])
+def test_an_answer_that_says_nothing_of_the_token_fails_nobody(home: Home, elsewhere: str) -> None:
+    """All tasks get a 401, and what shows whether the token is taken gets something odd, as of a proxy."""
+    bad = home.grafx.add()
+    home.grafx.fault("task", "status-401", times=None, task_id=bad)
+    home.grafx.fault("task", elsewhere, times=None, task_id=chili.NOBODYS)
+    home.wait_for(bad)
+    with daemon(home, 1, GIVE_UP_AFTER="0") as running:
+        running.says("all orders wait: GraFx refuses a token that is new")
+    assert home.failed() == {}
+
+
 def test_while_all_wait_it_says_when_the_next_try_is(home: Home, tmp_path: Path) -> None:
     place = tmp_path / "notify"
     home.grafx.fault("token", "status-503", times=None)

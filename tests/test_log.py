@@ -124,6 +124,15 @@ def test_an_on_done_that_fails_for_a_hundred_files(home: Home) -> None:
     assert len(lines(daemon)) - len(lines(daemon, "ON_DONE says")) <= 8  # those that began together
 
 
+def test_what_has_failed_is_over_for_nobody_and_no_id_is_anothers(home: Home) -> None:
+    home.wait_for(*(f"no-such-task-{n}" for n in range(3)))
+    daemon = home.start(before=f"{QUICK}; poller.MINUTE = 0.5", GIVE_UP_AFTER="2")
+    eventually(lambda: len(home.failed()) == 3)
+    daemon.stop()
+    assert "over: " not in daemon.log()
+    assert re.search(r"still after .* no-such-task-2 refused: Not Found: Task # was not found", daemon.log())
+
+
 def test_an_order_that_is_stuck_is_told_again_and_to_everybody(home: Home) -> None:
     """Here its download is on a host that is unreachable; others go on."""
     stuck = home.grafx.add(link="http://127.0.0.1:1/file")
@@ -229,6 +238,22 @@ def test_a_stop_while_it_still_imports_is_quiet(app: Path, how: int) -> None:
     process.send_signal(how)
     assert process.communicate(timeout=PATIENCE) == (b"", b"")
     assert process.returncode == 0
+
+
+def test_a_fault_of_its_own_is_told_once_and_the_order_waits(home: Home) -> None:
+    broken, fine = home.grafx.add(), home.grafx.add()
+    home.wait_for(broken, fine)
+    odd = (
+        "Odd2 = type('Odd2', (Exception,), {}); real = chili.order_done; "
+        "chili.order_done = lambda task, *more: "
+        f"(_ for _ in ()).throw(Odd2()) if task == '{broken}' else real(task, *more)"
+    )
+    daemon = home.start(before=f"{QUICK}; {odd}")
+    eventually(lambda: list(home.waiting()) == [broken])
+    time.sleep(1)
+    daemon.stop()
+    assert daemon.log().count("unexpected error, please report it") == 1
+    assert list(home.waiting()) == [broken]
 
 
 def test_a_loop_that_breaks_ends_at_once_while_threads_hang_and_a_command_runs(home: Home, app: Path) -> None:

@@ -847,6 +847,24 @@ def test_readme_a_printer(
         assert list(home.waiting()) == [task_id]
 
 
+def test_in_an_outage_what_is_here_already_is_handed_over_all_the_same(desk: Desk) -> None:
+    """GraFx cannot be had any more, and many others wait for that."""
+    desk.command('[ -e "$FOLDER/go" ] || exit 1')
+    here = desk.order()
+    poller = desk.home.start(before=QUICK, CONCURRENCY="2", POLL_INTERVAL="5")
+    desk.called(2)
+    desk.grafx.fault("task", "status-401", times=None)
+    desk.grafx.fault("token", "status-503", times=None)
+    others = [desk.grafx.add() for _ in range(50)]
+    desk.home.wait_for(here, *others)
+    poller.says("all orders wait: no token")
+    desk.go()
+    poller.says(f"{here} delivered")
+    poller.stop()
+    asked = {request.task_id for request in desk.grafx.requests if request.what == "task"}
+    assert len(asked - {here}) < len(others), "it only came after all of them"
+
+
 def test_a_file_that_was_taken_away_is_fetched_again(desk: Desk) -> None:
     """By another program, in the moment before the command could have it."""
     home = desk.home
