@@ -747,11 +747,9 @@ class Poller:
     def hand_over_again(self) -> None:
         """While all orders wait, those whose file is here need no GraFx, and no room on the disk."""
         now = time.monotonic()
-        for order in list(self.waiting.values()):
-            if order.state == "not handed over" and order.due <= now:
-                if len(self.asking) >= self.settings.concurrency:
-                    break
-                self.give_out(self.waiting.pop(order.task_id))
+        here = [o for o in self.waiting.values() if o.state == "not handed over" and o.due <= now]
+        for order in here[: self.settings.concurrency - len(self.asking)]:
+            self.give_out(self.waiting.pop(order.task_id))
 
     def give_out(self, order: Order) -> None:
         """To a thread, the next one that is free."""

@@ -364,7 +364,14 @@ def tls_front(certificate: Path) -> Iterator[Callable[[int], int]]:
         outer: int = server.sockets[0].getsockname()[1]
         return outer
 
+    async def end() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     yield make
+    asyncio.run_coroutine_threadsafe(end(), loop).result(20)
     loop.call_soon_threadsafe(loop.stop)
 
 

@@ -86,7 +86,8 @@ def told(database: db.Database, right: Callable[[db.Store], Any]) -> db.Store:
 
 
 def said(caplog: pytest.LogCaptureFixture, least: int = logging.WARNING) -> list[tuple[str, str]]:
-    lines = [(record.levelname, record.getMessage()) for record in caplog.records if record.levelno >= least]
+    ours = [record for record in caplog.records if record.name == "db" and record.levelno >= least]
+    lines = [(record.levelname, record.getMessage()) for record in ours]
     caplog.clear()
     return lines
 
