@@ -43,7 +43,7 @@ from typing import Any, TextIO
 import chili
 import db
 
-VERSION = "2026-11-24"
+VERSION = "2026-11-25"
 EX_SOFTWARE, EX_CONFIG = 70, 78  # sysexits.h: "internal software error", "configuration error"
 SHORTEST_PAUSE = 2.0  # seconds between two questions about one order; CHILI's own client takes 2
 REFUSALS = 3  # the least, before an order has failed; see GIVE_UP_AFTER
