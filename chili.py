@@ -38,7 +38,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from requests.utils import DEFAULT_CA_BUNDLE_PATH, urldefragauth
+from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from urllib3 import HTTPResponse, Retry, Timeout
 from urllib3.exceptions import HTTPError, MaxRetryError, ProxyError
 
@@ -152,9 +152,10 @@ def cleaned(url: str) -> str:
     """
     request = requests.PreparedRequest()
     request.prepare_url(url, None)
-    url = urldefragauth(str(request.url))
+    url = str(request.url).partition("#")[0]
     origin(url)
-    return url
+    user, at, _ = url.split("/", 3)[2].rpartition("@")
+    return url.replace(user + at, "", 1)  # all else to the letter: it may be signed
 
 
 # --- one request -----------------------------------------------------------------------------
@@ -482,7 +483,8 @@ class DangerousToken:
                     if token is None or token is refused or time.monotonic() >= token.ends:
                         raise
                     # It is still good for a while.
-                    token.renew = time.monotonic() + max(TOKEN_MARGIN / 10, error.pause or 0.0)
+                    pause = max(TOKEN_MARGIN / 10, error.pause or 0.0)
+                    token.renew = min(token.ends, time.monotonic() + pause)
             return token
 
     def _fetch(self) -> _Token:

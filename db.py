@@ -699,7 +699,9 @@ class Database:
         if self.delivered:
             self._note()
         while self._unwritten() and not self._tried(self._write):
-            if "database" in self._turn.problems or time.monotonic() >= deadline:
+            # A lock that another has is waited for; all else will not be mended so soon.
+            broken = "database" in self._turn.problems and self._turn.busy == math.inf
+            if broken or time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
         return not self.delivered

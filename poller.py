@@ -387,6 +387,9 @@ class Waiting(dict[str, Order]):
         order.due = time.monotonic() + pause
         self[order.task_id] = order
         heapq.heappush(self._heap, (order.due, order.task_id))
+        if len(self._heap) > 2 * len(self) + 100:  # most of it is of orders that were taken out by id
+            self._heap = [(order.due, task_id) for task_id, order in self.items()]
+            heapq.heapify(self._heap)
 
     def first(self) -> float:
         """When the next one is due, in monotonic seconds; infinity where none waits."""
@@ -560,10 +563,14 @@ class HandOff:
             raise NotHandedOver("the poller stops")
         if file is None:
             raise NotHandedOver("its file was taken away before ON_DONE could have it")
-        with self.start(order, file) as process:  # the end of the block waits for it
-            last = self.listen(order, process)
+        process = self.start(order, file)
+        try:
+            with process:  # the end of the block waits for it
+                last = self.listen(order, process)
+        finally:
+            signalled = self.running.pop(process)
         code = process.returncode
-        if self.running.pop(process):  # whatever its exit code says, it was not done
+        if signalled:  # whatever its exit code says, it was not done
             code, end = -1, "was ended by the poller" if self.stopping else last
         elif code < 0:
             end = f"was ended by signal {-code} ({signal.strsignal(-code)})"
@@ -746,9 +753,10 @@ class Poller:
 
     def hand_over_again(self) -> None:
         """While all orders wait, those whose file is here need no GraFx, and no room on the disk."""
-        now = time.monotonic()
-        here = [o for o in self.waiting.values() if o.state == "not handed over" and o.due <= now]
-        for order in here[: self.settings.concurrency - len(self.asking)]:
+        now, folder = time.monotonic(), self.settings.orders_dir
+        due = (o for o in self.waiting.values() if o.state == "not handed over" and o.due <= now)
+        here = (order for order in due if chili.find_file(folder, order.task_id))
+        for order in list(itertools.islice(here, self.settings.concurrency - len(self.asking))):
             self.give_out(self.waiting.pop(order.task_id))
 
     def give_out(self, order: Order) -> None:
@@ -895,6 +903,8 @@ class Poller:
         if error.shared and (self.outage.error or order.asked >= self.outage.since):
             self.outage.begins(error)
             self.telling.results["stuck"] += 1
+            if order.state == "not handed over" or isinstance(error, chili.CannotWrite):
+                order.state, self.telling.stale = "stuck", True  # whether its file is here is not known now
             self.again(order, 0.0)
             return
         if not isinstance(error, NotHandedOver):

@@ -850,3 +850,14 @@ def test_a_token_in_a_broken_answer_is_not_said(
     with pytest.raises((FAILED, LATER)) as raised:
         ask("a")
     assert value[:100] not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("link", "asked"),
+    [
+        ("https://host/a;?x=1", "https://host/a;?x=1"),
+        ("https://me:secret@host/x?sig=a%2Fb@c#part", "https://host/x?sig=a%2Fb@c"),
+    ],
+)
+def test_an_address_is_asked_to_the_letter_but_without_a_user(link: str, asked: str) -> None:
+    assert chili.cleaned(link) == asked

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -523,6 +524,23 @@ def test_a_lock_that_nobody_waits_for_any_more_is_no_problem(
         (problem, over) = said(caplog, logging.INFO)
         assert over == ("INFO", f"over: {problem[1]}")
         other.stdin.close()
+
+
+def test_the_last_write_waits_for_a_lock_however_long_another_has_had_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = db.Database(path, once=True)
+    database.start()
+    with process(HOLD, path) as other, monkeypatch.context() as impatient:
+        assert other.stdout and other.stdin
+        other.stdout.readline()
+        impatient.setattr(db, "PATIENCE", 0.0)
+        database.failed["a"] = (500, "no")
+        eventually(lambda: database.sync(True) or database.problem)
+        impatient.undo()
+        threading.Timer(0.5, other.stdin.close).start()
+        assert database.flush()
+    assert "a" in content(database)["failed"]
 
 
 def test_a_folder_that_takes_no_file_is_said_once(

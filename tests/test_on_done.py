@@ -865,6 +865,36 @@ def test_in_an_outage_what_is_here_already_is_handed_over_all_the_same(desk: Des
     assert len(asked - {here}) < len(others), "it only came after all of them"
 
 
+def test_in_an_outage_who_has_no_file_any_more_waits_as_all_others(desk: Desk) -> None:
+    desk.command('rm -f "$ORDER_FILE"; exit 1')
+    desk.order()
+    poller = desk.home.start(before=QUICK, POLL_INTERVAL="2")
+    desk.called(2)
+    desk.grafx.fault("task", "status-401", times=None)
+    desk.grafx.fault("token", "status-503", times=None)
+    poller.says("all orders wait: no token")
+    asked = len(desk.grafx.requests)
+    time.sleep(3)
+    assert len(desk.grafx.requests) - asked < 20
+
+
+def test_after_a_folder_that_took_no_file_one_may_be_here(desk: Desk) -> None:
+    """Also for an order that was rendering before: the rename may have been the last that succeeded."""
+    home = desk.home
+    desk.command("exit 0")
+    task_id = desk.order(questions=3)
+    poller = home.start(before=QUICK, POLL_INTERVAL="1")
+    eventually(lambda: [r for r in desk.grafx.requests if r.task_id == task_id])
+    aside = home.folder / "aside"
+    home.orders.rename(aside)
+    poller.says("all orders wait: cannot write to")
+    (aside / f"{task_id}.png").write_bytes(home.grafx.body(task_id))
+    fetched = desk.downloads(task_id)
+    aside.rename(home.orders)
+    poller.says(f"{task_id} delivered: png, here before")
+    assert desk.downloads(task_id) <= fetched + 1  # one may have begun just before
+
+
 def test_a_file_that_was_taken_away_is_fetched_again(desk: Desk) -> None:
     """By another program, in the moment before the command could have it."""
     home = desk.home

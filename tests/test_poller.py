@@ -20,6 +20,7 @@ from conftest import QUICK, WATCH, Home, Running, eventually
 from sandbox import MIB, TYPES, Request, Sandbox
 
 import db
+import poller
 
 MEMORY = 60 * MIB
 # For `before`: after the first look no time comes for another, nor for a write while orders are asked about.
@@ -628,3 +629,14 @@ def test_after_sigterm_nothing_is_asked(home: Home) -> None:
     ended = home.run(before="poller.Poller.take = lambda self, store: self.on_signal()")
     assert ended.process.returncode == 0
     assert home.grafx.requests == []
+
+
+def test_orders_that_are_taken_out_by_name_leave_nothing_behind() -> None:
+    waiting = poller.Waiting()
+    first, second = poller.Order("a", "", 0.0), poller.Order("b", "", 0.0)
+    waiting.put(first, 0.0)
+    for _ in range(10_000):
+        waiting.put(second, 1.0)
+        assert waiting.pop("b") is second
+    assert len(waiting._heap) < 1000
+    assert waiting.take_first() is first
