@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -589,6 +590,8 @@ def team() -> Iterator[Path]:
 
 def as_user(user: int, work: Callable[[], object]) -> None:
     """Let `work` be done by a process of that user."""
+    # Python loads it when it is needed, perhaps from where that user may not read.
+    codecs.lookup("utf-8-sig")
     end, said = os.pipe()
     child = os.fork()
     if not child:
