@@ -230,7 +230,9 @@ def test_output_that_nobody_takes_is_no_traceback(home: Home, command: str, unbu
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_while_it_still_imports_is_quiet(app: Path, how: int) -> None:
-    (app / "argparse.py").write_text("import time; print('slow', flush=True); time.sleep(60)")
+    # Many short pauses: a signal just before a long one would be heard after it.
+    slow = "import time; print('slow', flush=True); [time.sleep(0.01) for _ in range(6000)]"
+    (app / "argparse.py").write_text(slow)
     process = subprocess.Popen(
         [sys.executable, app / "poller.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
