@@ -113,7 +113,8 @@ def is_task_id(value: object) -> bool:
     return isinstance(value, str) and TASK_ID.fullmatch(value) is not None
 
 
-def _stamp(when: datetime | None = None) -> str:
+def stamp(when: datetime | None = None) -> str:
+    """A time, now if none is given, as the project's files have it: UTC, ISO 8601, to the second."""
     return (when or datetime.now(timezone.utc)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -229,7 +230,7 @@ def _put(store: Store, task_id: str, fields: Fields, new: bool = False) -> None:
     items = store.items
     bare = not fields and isinstance(items, list) and isinstance((items or [None])[-1], str)
     if new and not bare:
-        fields = {**fields, "added": _stamp()}
+        fields = {**fields, "added": stamp()}
     store.orders[task_id] = fields
     if isinstance(items, dict):
         items[task_id] = fields
@@ -259,7 +260,7 @@ def _end(store: Store, delivered: Iterable[str], failed: Failures) -> bool:
     for task_id in [task_id for task_id in failed if task_id in gone]:
         fields, (status, error) = store.orders[task_id], failed[task_id]
         record = {key: value for key, value in fields.items() if key not in RECORD}
-        record |= {"status": status, "error": error, "failed": _stamp()}
+        record |= {"status": status, "error": error, "failed": stamp()}
         if own := {key: fields[key] for key in RECORD if key in fields}:
             record["order"] = own
         store.data.setdefault("failed", {})[task_id] = record
@@ -577,7 +578,7 @@ class Deliveries:
 
         Raises DatabaseError; then they may be noted in part, and can be noted again.
         """
-        lines = [f"{_stamp()} {task_id} {name or '?'}\n" for task_id, name in files.items()]
+        lines = [f"{stamp()} {task_id} {name or '?'}\n" for task_id, name in files.items()]
         try:
             with os.fdopen(_open(self.path), "r+b", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -623,7 +624,7 @@ class Deliveries:
 
     def since(self, when: datetime) -> tuple[int, str]:
         """How many deliveries there were since then, and the last line of all."""
-        first, count, last = _stamp(when).encode(), 0, b""
+        first, count, last = stamp(when).encode(), 0, b""
         with contextlib.suppress(OSError), self.path.open("rb") as file:
             for line in file:
                 match = self.LINE.fullmatch(line)
@@ -688,8 +689,9 @@ class Database:
             self._note()
         if now >= turn.write and (look or (soon and "database" not in turn.problems)) and self._unwritten():
             store = self._tried(self._write)
-        # Where there is a problem: it may be over though nobody changed the file.
-        if look and not store and not self.once and (self.watch.changed() or "database" in turn.problems):
+        # Where there is nothing to write any more, a problem with that is over once the file can be read.
+        needless = "database" in turn.problems and not self._unwritten()
+        if look and not store and not self.once and (self.watch.changed() or needless):
             store = self._tried(lambda: self._shown(self.watch.read()))
         return store
 

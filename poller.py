@@ -37,6 +37,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -518,6 +519,10 @@ class Outage:
             self.lately[text] = self.since
         self.error, self.said, self.times, self.until = None, {}, 0, 0.0
 
+    def is_known_to(self, order: Order) -> bool:
+        """Who was asked before it began, or before the last one was over, says nothing of it."""
+        return order.asked >= self.since
+
     def pause(self) -> float:
         """Seconds until somebody may be asked."""
         return max(0.0, max(self.until, self.alone) - time.monotonic())
@@ -840,7 +845,7 @@ class Poller:
 
     def delivered(self, order: Order, file: str) -> None:
         """Its file is whole on the disk, and handed over: it may leave database.json."""
-        if order.size and (not self.hand_off or order.asked >= self.outage.since):
+        if order.size and (not self.hand_off or self.outage.is_known_to(order)):
             self.outage.ends(delivered=True)  # else the file was here before, or the command took long
         self.clear(order)
         self.database.delivered[order.task_id] = file
@@ -885,11 +890,10 @@ class Poller:
         known = self.database.failing.get(order.task_id, {})
         if known.get("status") == error.status and not self.once:
             return
-        began = time.gmtime(round(time.time() - time.monotonic() + order.refused))
-        self.database.failing[order.task_id] = {
-            "status": error.status, "error": str(error),
-            "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", began), "times": order.refusals,
-        }  # fmt: skip
+        seconds = round(time.time() - time.monotonic() + order.refused)
+        began = db.stamp(datetime.fromtimestamp(seconds, timezone.utc))
+        record = {"status": error.status, "error": str(error), "since": began, "times": order.refusals}
+        self.database.failing[order.task_id] = record
 
     def later(self, order: Order, error: chili.AskAgainLater) -> None:
         """The order could not be asked about, or not be delivered, through no fault of its own."""
@@ -900,7 +904,7 @@ class Poller:
         if error.pause:
             self.outage.leave_alone(error.pause)
         # An echo of an outage that is over is this order's trouble alone.
-        if error.shared and (self.outage.error or order.asked >= self.outage.since):
+        if error.shared and (self.outage.error or self.outage.is_known_to(order)):
             self.outage.begins(error)
             self.telling.results["stuck"] += 1
             if order.state == "not handed over" or isinstance(error, chili.CannotWrite):
@@ -922,8 +926,8 @@ class Poller:
         self.later(order, later)
 
     def way_is_free(self, order: Order) -> None:
-        """GraFx has answered; but who was asked before the present outage began says nothing of it."""
-        if order.asked >= self.outage.since:
+        """GraFx has answered."""
+        if self.outage.is_known_to(order):
             self.outage.ends(delivered=False)
 
     def clear(self, order: Order, quiet: bool = False) -> None:
@@ -931,7 +935,6 @@ class Poller:
         order.troubles = 0
         self.not_refused(order)
         self.troubles.leave(order, quiet)
-        self.telling.stale = True
 
     def not_refused(self, order: Order) -> None:
         """Anything but a refusal came of it: "on end" begins anew."""
@@ -942,6 +945,7 @@ class Poller:
         """Re-queue it, except where each order is asked about once, or where somebody took it out."""
         if order.gone:
             self.clear(order, quiet=True)
+            self.telling.stale = True
         elif not self.once:
             self.waiting.put(order, pause)
 

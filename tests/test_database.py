@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -469,19 +470,21 @@ def test_a_file_that_is_moved_aside_is_missed_only_after_a_while(
     assert list(told(database, lambda store: True).orders) == ["b", "c"]
 
 
-HOLD = (
-    "path = pathlib.Path(sys.argv[1])\n"
-    "with db.lock(path, 'lock', 5):\n    print('held', flush=True); sys.stdin.read()"
-)
+@contextmanager
+def held(path: Path) -> Iterator[tuple[subprocess.Popen[str], Callable[[], None]]]:
+    """Another process has the lock; and how to end it."""
+    code = "path = pathlib.Path(sys.argv[1])\nwith db.lock(path, 'lock', 5):\n    "
+    with process(code + "print('held', flush=True); sys.stdin.read()", path) as other:
+        assert other.stdout and other.stdin
+        other.stdout.readline()
+        yield other, other.stdin.close
 
 
 def test_a_lock_that_another_has_is_no_error(
     database: db.Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(db, "PATIENCE", 1.0)
-    with process(HOLD, database.path) as other:
-        assert other.stdout and other.stdin
-        other.stdout.readline()
+    with held(database.path) as (other, let_go):
         database.delivered["a"] = "a.png"
         end, longest = time.monotonic() + 0.7, 0.0
         while time.monotonic() < end:
@@ -502,7 +505,7 @@ def test_a_lock_that_another_has_is_no_error(
         begun = time.monotonic()
         assert not database.flush()
         assert time.monotonic() - begun < 2
-        other.stdin.close()
+        let_go()
     told(database, lambda store: "a" not in content(database)["orders"])
     assert database.problem == ""
 
@@ -511,16 +514,14 @@ def test_a_lock_that_nobody_waits_for_any_more_is_no_problem(
     database: db.Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(db, "PATIENCE", 0.0)
-    with process(HOLD, database.path) as other:
-        assert other.stdout and other.stdin
-        other.stdout.readline()
+    with held(database.path) as (_, let_go):
         database.delivered["a"] = "a.png"
         eventually(lambda: database.sync(True) or database.problem)
         save(database.path, {"orders": ["b", "c"]})  # somebody else took it out
         eventually(lambda: database.sync(True) or not database.problem)
         (problem, over) = said(caplog, logging.INFO)
         assert over == ("INFO", f"over: {problem[1]}")
-        other.stdin.close()
+        let_go()
 
 
 def test_the_last_write_waits_for_a_lock_however_long_another_has_had_it(
@@ -528,14 +529,12 @@ def test_the_last_write_waits_for_a_lock_however_long_another_has_had_it(
 ) -> None:
     database = db.Database(path, once=True)
     database.start()
-    with process(HOLD, path) as other, monkeypatch.context() as impatient:
-        assert other.stdout and other.stdin
-        other.stdout.readline()
+    with held(path) as (_, let_go), monkeypatch.context() as impatient:
         impatient.setattr(db, "PATIENCE", 0.0)
         database.failed["a"] = (500, "no")
         eventually(lambda: database.sync(True) or database.problem)
         impatient.undo()
-        threading.Timer(0.5, other.stdin.close).start()
+        threading.Timer(0.5, let_go).start()
         assert database.flush()
     assert "a" in content(database)["failed"]
 
