@@ -1,57 +1,55 @@
-"""GraFx: the token, the question about a task, the download. Knows nothing of the queue.
+"""GraFx: the token, polling a task, downloading its file. Knows nothing of `database.json`.
 
-The way in is `order_done`, after what it uses: `Connections` and their `Answer`, the token, `GraFx`.
+    grafx = chili.GraFx(base_url, environment, token_url, client_id, client_secret)
+    file = chili.order_done(task_id, grafx, Path("orders"))    # None while the task renders
 
 Facts about GraFx are from CHILI's documentation (github.com/chili-publish/grafx-documentation,
-August 2026), its workshop "Building a template store", section 14, and RFCs where one is named.
-Where those are silent, the code holds either way.
+August 2026), its workshop "Building a template store", section 14, and its examples
+(chili-publish/studio-sdk-integration-examples). Where those are silent, the code holds either way.
 
-Requests makes the pools of connections, by the proxies and certificates that the environment names,
-and cleans addresses. The pools themselves are asked directly: a question costs 0.17 ms that way, 0.32
-by `HTTPAdapter.send` and 0.57 by `Session.get` (CPU of one thread). So this leans on some of urllib3 that
-requests does not pin: `urlopen` and `ConnectionCls` of a pool, `response_class` of a connection,
-`length_remaining`, `chunked`, `tell`, `drain_conn`, `release_conn` of a response; and on two private steps of
-`http.client.HTTPResponse`, `_read_status` and `_close_conn`, see `_FinalResponse`.
+Four rules keep one order's answer from being taken for another's:
+a task's answer names its task; each download has a connection of its own; so has each token request;
+and an answer that is not understood closes all idle connections, with whatever else is on its way.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import gzip
-import http.client
 import json
 import logging
+import math
 import os
 import re
-import socket
 import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from requests.utils import DEFAULT_CA_BUNDLE_PATH
-from urllib3 import HTTPResponse, Retry, Timeout
-from urllib3.exceptions import HTTPError, MaxRetryError, ProxyError
+from requests.auth import AuthBase
+from requests.exceptions import InvalidSchema, InvalidURL, ProxyError
+from urllib3 import Retry
+from urllib3.exceptions import HTTPError, MaxRetryError
 
 AUDIENCE = "https://chiligrafx.com"
-TIMEOUT = Timeout(connect=10.0, read=30.0)  # seconds; read: between two pieces of an answer
-ANSWER_TIME = 60.0  # seconds for a whole small answer, and for each PIECE of a file
-PIECE = 64 * 1024  # bytes; with ANSWER_TIME: slower than 1 KiB/s counts as stuck
+TIMEOUT = (10.0, 30.0)  # seconds: to connect, and between two pieces of an answer
+SLOWEST, SLOW_START = 1000, 60.0  # bytes a second of a body, after so many seconds; slower is an error
+PIECE = 64 * 1024  # bytes of a body that are read at once
 ANSWER_SIZE = 1024 * 1024  # bytes of an answer that is not a file; GraFx's are below 10 kB
-LONGEST_PAUSE = 300.0  # seconds: the most that a Retry-After is obeyed
+LONGEST_RETRY_AFTER = 300.0  # seconds
 TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
+TOKEN_PAUSE = 60.0  # seconds between two renewals because of a 401, or after one that failed
 REDIRECTS = 5
-NOBODYS = "00000000-0000-0000-0000-000000000000"  # no task has this id
-SERVERS = 10  # whose connections are kept
+UNKNOWN_TASK = "00000000-0000-0000-0000-000000000000"  # no task has this id
 HEADERS = {"Accept": "application/json, */*", "Accept-Encoding": "identity", "User-Agent": "grafx-poller"}
 
 # extension: Content-Types, and what the file begins with (mp4: from its fifth byte)
@@ -66,17 +64,19 @@ FORMATS = {
 NO_TYPE = ("", "application/octet-stream", "binary/octet-stream")
 PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
 
-GRAFX, TOKEN_SERVER, DOWNLOAD = "GraFx", "the token server", "the download's server"  # who is asked
+# A status that leaves no doubt whose answer it is, so that its connection may be used again.
+UNDERSTOOD = {200, 202, 204, 400, 401, 403, 404, 410, 422, 429, 500}
+GRAFX, TOKEN_SERVER, DOWNLOAD_SERVER = "GraFx", "the token server", "the download server"
 
 log = logging.getLogger("chili")
-Progress = Callable[[int, "int | None"], None]  # bytes so far, bytes in all where GraFx says so
-_secrets: deque[str] = deque(maxlen=32)  # the last tokens and the secret: what `plain` takes out
+Progress = Callable[[int, "int | None"], None]  # bytes so far, bytes in all where the server says so
+_secrets: deque[str] = deque(maxlen=32)  # the last tokens and the secret, for `sanitize` to remove
 
 
-class OrderRefused(Exception):
-    """The answer speaks of this order: GraFx could not render it, does not know it, lost it.
+class TaskRejected(Exception):
+    """GraFx rejects this task: it could not render it, does not know it, or lost its file.
 
-    status: the HTTP status. final: no use to ask again, whereas all else may be a passing fault.
+    status: the HTTP status. final: retrying is useless, whereas any other rejection may pass.
     """
 
     def __init__(self, message: str, status: int | None = None, final: bool = False) -> None:
@@ -84,37 +84,37 @@ class OrderRefused(Exception):
         self.status, self.final = status, final
 
 
-class AskAgainLater(Exception):
-    """Not the order's fault.
+class TryAgainLater(Exception):
+    """A failure that says nothing about the task.
 
-    shared: it stands in every order's way. pause: seconds that GraFx wants to be left alone, by all orders.
+    shared: it affects every order. retry_after: seconds until GraFx wants the next request of any kind.
     """
 
-    def __init__(self, message: str, shared: bool = False, pause: float | None = None) -> None:
+    def __init__(self, message: str, shared: bool = False, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.shared, self.pause = shared, pause
+        self.shared, self.retry_after = shared, retry_after
 
 
-class CannotWrite(AskAgainLater):
-    """The orders folder takes no file."""
+class NotUnderstood(TryAgainLater):
+    """An answer that may be incomplete, or belong to another request."""
 
 
-class CredentialsRefused(AskAgainLater):
-    """The token endpoint does not take SERVER_ID and SERVER_SECRET."""
+class CredentialsRejected(TryAgainLater):
+    """The token endpoint rejects SERVER_ID and SERVER_SECRET."""
 
 
 # --- words -----------------------------------------------------------------------------------
 
 
-def plain(said: Any) -> str:
-    """A server's words, fit for a log: one line, no control characters, no secret, not too long."""
+def sanitize(said: Any) -> str:
+    """A server's words for a log: one line, no control characters, no secret, at most 500 characters."""
     text = str(said)
-    for secret in _secrets.copy():  # which a server may echo; a copy, since other threads add to it
+    for secret in _secrets.copy():  # a server may echo it; a copy, since other threads append
         text = text.replace(secret, "[secret]")
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:500]
 
 
-def human(size: float) -> str:
+def format_size(size: float) -> str:
     """Bytes as "7.6 MB"."""
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
@@ -124,300 +124,186 @@ def human(size: float) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What the innermost cause says: "Connection refused", without addresses, which may be secret."""
+    """What the innermost cause says, as "Connection refused": the others name addresses and passwords."""
     inner: BaseException | None = error
     while inner:
         error = inner
         causes = (*error.args, getattr(error, "reason", None), error.__cause__)
         inner = next((cause for cause in causes if isinstance(cause, BaseException)), None)
     text = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error)
-    return plain(text) or type(error).__name__
+    return sanitize(text) or type(error).__name__
+
+
+def _status(response: requests.Response) -> str:
+    """As "404 Not Found"."""
+    return f"{response.status_code} {sanitize(response.reason or '')}".strip()
 
 
 # --- addresses -------------------------------------------------------------------------------
 
 
 def origin(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port. Raises ValueError for what is no http or https address."""
-    parts = urlsplit("/".join(url.split("/", 3)[:3]))  # which remembers what does not differ for each task
+    """Scheme, host and port. Raises ValueError for what is not an http or https address."""
+    parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("no http address")
+        raise ValueError("not an http address")
     return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def cleaned(url: str) -> str:
-    """`url` as requests makes it, without a user's name and password, and without its fragment.
-
-    Raises ValueError for what is no http or https address.
-    """
+def prepared(url: str) -> str:
+    """`url` as requests sends it. Raises ValueError for what is not an http or https address."""
     request = requests.PreparedRequest()
     request.prepare_url(url, None)
-    url = str(request.url).partition("#")[0]
-    origin(url)
-    user, at, _ = url.split("/", 3)[2].rpartition("@")
-    return url.replace(user + at, "", 1)  # all else to the letter: it may be signed
+    origin(str(request.url))
+    return str(request.url)
 
 
 # --- one request -----------------------------------------------------------------------------
 
 
-def _end(sock: Any) -> None:
-    """Let nothing more be read from a socket, in whatever thread."""
-    with contextlib.suppress(OSError, TypeError):
-        # Below TLS, so no waiting for a goodbye. TLS inside TLS, by a proxy, is no socket itself.
-        socket.socket.shutdown(getattr(sock, "socket", sock), socket.SHUT_RDWR)
+def new_session(auth: Callable[[Any], Any], pool_size: int = 1) -> requests.Session:
+    """A session for `pool_size` threads, which share it as long as none of them changes it."""
+    session = requests.Session()
+    session.auth = auth
+    session.trust_env = False  # proxies and certificates are looked up once, and no ~/.netrc
+    session.headers.update(HEADERS)
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # no cookie passes between orders
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, HTTPAdapter(pool_maxsize=pool_size))
+    return session
 
 
-class _FinalResponse(http.client.HTTPResponse):
-    """The answer itself: not an interim one before it, and with nothing behind it."""
-
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        self._sock = sock
-
-    def _read_status(self) -> Any:
-        # RFC 9110, section 15.2: a client reads past any number of interim answers. http.client knows
-        # 100 only; for it a 103 would be the answer, and the real one that of the next question.
-        while True:
-            version, status, reason = super()._read_status()  # type: ignore[misc]
-            if not 100 <= status < 200:
-                return version, status, reason
-            http.client.parse_headers(self.fp)
-
-    def _close_conn(self) -> None:
-        """The answer has ended. Whoever has sent more than that is not listened to any more."""
-        timeout = self._sock.gettimeout()
-        with contextlib.suppress(OSError, ValueError):
-            self._sock.settimeout(0)  # so that `peek` waits for nothing
-            if self.fp.peek(1):
-                _end(self._sock)
-        with contextlib.suppress(OSError):
-            self._sock.settimeout(timeout)
-        super()._close_conn()  # type: ignore[misc]
+@functools.lru_cache(maxsize=100)  # a lookup costs 0.25 ms of CPU, more than half of a poll
+def _proxies_and_certificates(server: tuple[str, str, int]) -> dict[str, Any]:
+    """What HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE and the like say about a server."""
+    scheme, host, port = server
+    url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
+    found = requests.Session().merge_environment_settings(url, {}, None, None, None)
+    return {"proxies": found["proxies"], "verify": found["verify"]}
 
 
-class Connections(HTTPAdapter):
-    """Kept-alive connections for `size` threads, each with a time by which its answer must be in.
+def send(session: requests.Session, who: str, method: str, url: str, **body: Any) -> requests.Response:
+    """One request, no redirect followed. `who` is asked, as a person would name it.
 
-    A read timeout bounds one `recv`; an answer that trickles passes it for ever, and holds its
-    thread. So the socket is kept at hand here, and another thread calls `cut`.
+    Raises TryAgainLater, shared where GraFx or the token server cannot be reached.
     """
-
-    def __init__(self, size: int) -> None:
-        super().__init__(pool_connections=1, pool_maxsize=size)
-        # Looked up once: to find a server's proxy and its certificates is slow. urllib3 closes the idle
-        # connections of a pool that nobody has any more.
-        self._pool = functools.lru_cache(SERVERS)(self._new_pool)
-        self._reading: dict[int, tuple[float, socket.socket]] = {}  # thread: (monotonic, its socket)
-
-    def ask(
-        self, who: str, method: str, url: str, headers: dict[str, str], body: str | None = None
-    ) -> Answer:
-        """An answer, its body unread. `url` is a `cleaned` one; `who` is asked, as a person would say it.
-
-        Raises AskAgainLater, shared where there is no way to GraFx or to the token server. No `Session`: it
-        would let ~/.netrc replace the token, carry cookies from one order to the next, and read a redirect's
-        body whatever its size.
-        """
-        began = time.monotonic()
-        outcome, pool = "", None
-        *server, path = url.split("/", 3)
-        try:
-            pool = self._pool("/".join(server))
-            target = url if pool.proxy and url.startswith("http:") else f"/{path}"
-            response = pool.urlopen(
-                method, target, body, headers, timeout=TIMEOUT, retries=self.max_retries, redirect=False,
-                assert_same_host=False, preload_content=False, decode_content=False,
-            )  # fmt: skip
-            outcome = response.status
-            return Answer(self, response, url, who)
-        except (HTTPError, http.client.HTTPException, ValueError, OSError) as error:  # requests' are OSErrors
-            self.done()
-            trouble = _no_answer(who, origin(url)[1], pool and pool.proxy, error)
-            outcome = str(trouble)
-            raise trouble from None
-        finally:
-            if log.isEnabledFor(logging.DEBUG):  # no query: a signed link's signature is a secret, too
-                took = (time.monotonic() - began) * 1000
-                log.debug("%s %s: %s, %.0f ms", method, plain(url.partition("?")[0]), outcome, took)
-
-    def _new_pool(self, server: str) -> Any:
-        scheme, host, port = origin(server)  # NO_PROXY may name the port
-        url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
-        found = requests.Session().merge_environment_settings(url, {}, None, None, None)
-        bundle = DEFAULT_CA_BUNDLE_PATH if found["verify"] is True else str(found["verify"])
-        if not Path(bundle).exists():
-            raise OSError(f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE is no file or folder: {bundle}")
-        request = requests.Request("GET", url).prepare()
-        try:
-            pool: Any = self.get_connection_with_tls_context(request, bundle, found["proxies"])
-        except (TypeError, ValueError):  # its text may have the proxy's password in it
-            raise OSError("HTTPS_PROXY or HTTP_PROXY is no address of an HTTP proxy") from None
-        expect = self.expect
-
-        class Connection(type(pool).ConnectionCls):  # type: ignore[misc]
-            def response_class(self, sock: Any, *args: Any, **kwargs: Any) -> Any:
-                expect(sock)  # also for a proxy's answer to CONNECT
-                return _FinalResponse(sock, *args, **kwargs)
-
-        pool.ConnectionCls = Connection
-        return pool
-
-    def expect(self, sock: socket.socket | None = None) -> None:
-        """This thread now waits for the next piece of its answer, from `sock` or the last one."""
-        thread = threading.get_ident()
-        self._reading[thread] = (time.monotonic() + ANSWER_TIME, sock or self._reading[thread][1])
-
-    def cut(self, everything: bool = False) -> None:
-        """End the answers that are overdue, or all; their threads go on with an AskAgainLater."""
-        for deadline, sock in list(self._reading.values()):
-            if everything or time.monotonic() > deadline:
-                _end(sock)
-
-    def done(self) -> None:
-        """This thread waits for no answer now."""
-        self._reading.pop(threading.get_ident(), None)
+    began, server = time.monotonic(), origin(url)
+    try:
+        response = session.request(
+            method, url, timeout=TIMEOUT, stream=True, allow_redirects=False,
+            **_proxies_and_certificates(server), **body,
+        )  # fmt: skip
+    except (requests.RequestException, HTTPError, OSError, TypeError, ValueError) as error:
+        raise _connection_error(who, server, error) from None
+    took, path = (time.monotonic() - began) * 1000, urlsplit(url).path  # no query: it may be signed
+    log.debug("%s %s%s: %s, %.0f ms", method, server[1], path, response.status_code, took)
+    return response
 
 
-def _no_answer(who: str, host: str, proxy: Any, error: Exception) -> AskAgainLater:
-    """Why there is no answer at all, by its own name: GraFx, the token server, or a proxy in between."""
-    # MaxRetryError, with no retries: it was the connecting that failed, which is no order's own.
-    reason, connecting = _reason(error), isinstance(error, MaxRetryError)
-    if proxy and isinstance(getattr(error, "reason", None), ProxyError):
-        return AskAgainLater(f"the proxy {proxy.host}:{proxy.port} is unreachable: {reason}", shared=True)
-    if proxy and reason.startswith("Tunnel connection failed"):
-        trouble = f"the proxy {proxy.host}:{proxy.port} lets nobody through: {reason}"
-        return AskAgainLater(trouble, shared=True)
-    trouble = f"{who} {'is unreachable' if connecting else 'gave no answer'}: {host}: {reason}"
-    return AskAgainLater(trouble, shared=connecting and who != DOWNLOAD)
+def _connection_error(who: str, server: tuple[str, str, int], error: Exception) -> TryAgainLater:
+    """Why there is no answer, and what to look at: the server, a proxy in between, or a setting."""
+    reason, shared = _reason(error), who != DOWNLOAD_SERVER
+    if isinstance(error, (InvalidURL, InvalidSchema, TypeError, UnicodeEncodeError)):
+        return TryAgainLater("HTTPS_PROXY or HTTP_PROXY is not the address of an HTTP proxy", shared=True)
+    if isinstance(error, ProxyError):
+        proxy = urlsplit(_proxies_and_certificates(server)["proxies"].get(server[0], ""))
+        problem = "refuses to connect" if reason.startswith("Tunnel connection") else "is unreachable"
+        return TryAgainLater(f"the proxy {proxy.hostname}:{proxy.port} {problem}: {reason}", shared=True)
+    if reason.startswith("Could not find a suitable TLS CA"):
+        return TryAgainLater(f"{reason}: look at REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE", shared=True)
+    if error.args and isinstance(error.args[0], MaxRetryError):  # without retries, so it did not connect
+        return TryAgainLater(f"{who} is unreachable: {server[1]}: {reason}", shared)
+    return NotUnderstood(f"{who} gave no answer: {server[1]}: {reason}")
 
 
-class Answer:
-    """An answer, its body unread: `with … as answer:`.
+def coding_of(response: requests.Response) -> str:
+    """The Content-Encoding. None was asked for, but some gateways apply one anyway."""
+    coding = response.headers.get("Content-Encoding", "").strip().lower()
+    return "" if coding == "identity" else coding.removeprefix("x-")
 
-    Leaving the block ends it, and decides alone whether its connection is used again: only where the block
-    was not left by an exception (so the answer was understood), where it is no 4xx or 5xx, and where it was
-    read to its end. On all others somebody may have more to say, which the next order would hear.
-    """
 
-    def __init__(self, connections: Connections, response: HTTPResponse, url: str, who: str) -> None:
-        self.status, self.headers, self.url, self.who = response.status, response.headers, url, who
-        self.location = response.get_redirect_location() or ""
-        self._connections, self._response = connections, response
-        # By itself it would let another thread have its connection as soon as it is read.
-        response.release_conn = lambda: None  # type: ignore[method-assign]
+def pieces(response: requests.Response) -> Iterator[bytes]:
+    """The body as it comes, decoded. Raises NotUnderstood where it is incomplete or too slow."""
+    coding, read = coding_of(response), response.raw.read1  # which returns what is there
+    if coding == "gzip":  # not by urllib3, which accepts a stream that ends too early
+        source: Any = SimpleNamespace(read=read)
+        read = gzip.GzipFile(fileobj=source).read1
+    elif coding:
+        raise TryAgainLater(f"the answer has the unknown coding {sanitize(coding)[:40]}")
+    began, came, total = time.monotonic(), 0, None if coding else response.raw.length_remaining
+    try:
+        while piece := read(PIECE):
+            yield piece
+            came, seconds = came + len(piece), time.monotonic() - began
+            if seconds > SLOW_START and came < SLOWEST * seconds:
+                raise NotUnderstood(f"the answer is too slow: {format_size(came)} in {seconds:.0f} s")
+    except (HTTPError, OSError, EOFError, zlib.error) as error:
+        reason, of = _reason(error), f" of {format_size(total)}" if total else ""
+        why = "" if reason.startswith("IncompleteRead") else f" ({reason})"
+        raise NotUnderstood(f"the answer broke off after {format_size(came)}{of}{why}") from None
 
-    def __enter__(self) -> Answer:
-        return self
 
-    def __exit__(self, problem: type[BaseException] | None, *_: object) -> None:
-        if self.status == 204:
-            self._response.drain_conn()  # nothing; `pieces` would do, but takes three times as long
-        if problem is None and self.status < 400 and self._response.isclosed():
-            HTTPResponse.release_conn(self._response)
-        self._response.close()  # and its connection, where it is not given back
-        self._connections.done()
+def require_length(response: requests.Response) -> None:
+    """Raises TryAgainLater where the connection's end is the body's: a body cut short would look whole."""
+    if response.raw.length_remaining is None and not response.raw.chunked:
+        raise TryAgainLater("the answer has neither a length nor an end that shows it is whole")
 
-    def __str__(self) -> str:
-        return f"{self.status} {http.client.responses.get(self.status, '')}".strip()
 
-    def must_end(self) -> None:
-        """Raises AskAgainLater where it ends with its connection: one that is cut off would look whole."""
-        if self._response.length_remaining is None and not self._response.chunked:
-            raise AskAgainLater("the answer has neither a length nor an end that shows it is whole")
-
-    @property
-    def coding(self) -> str:
-        """Its Content-Encoding. Nobody asked for one, but some gateways do it anyway."""
-        coding = self.headers.get("Content-Encoding", "").strip().lower()
-        return "" if coding == "identity" else coding.removeprefix("x-")
-
-    def total(self) -> int | None:
-        """Bytes of its body, where it says so."""
-        return None if self.coding else self._response.length_remaining
-
-    def pieces(self) -> Iterator[bytes]:
-        """The body, PIECE bytes at a time, fewer at its end. Raises AskAgainLater where it is not whole."""
-        if self.coding not in ("", "gzip"):
-            raise AskAgainLater(f"the answer is coded as {plain(self.coding)[:40]}, which nobody asked for")
-        # urllib3's own decoding says nothing of a stream that ends too early.
-        source: Any = gzip.GzipFile(fileobj=self._response) if self.coding else self._response
-        total = self._response.length_remaining
-        try:
-            while piece := source.read(PIECE):
-                self._connections.expect()
-                yield piece
-        except (HTTPError, http.client.HTTPException, OSError, EOFError, zlib.error) as error:
-            came = human(self._response.tell())
-            if total:
-                unit = human(total).partition(" ")[2]
-                came = f"{came.removesuffix(f' {unit}')} of {human(total)}"
-            cause = error.args[-1] if error.args else None
-            said = "" if isinstance(cause, http.client.IncompleteRead) else f" ({_reason(error)})"
-            raise AskAgainLater(f"the answer broke off: {came} came{said}") from None
-
-    def json(self) -> dict[str, Any]:
-        """A small answer's JSON object; empty for all else, and for more than ANSWER_SIZE."""
-        body = bytearray()
-        for piece in self.pieces():
-            body += piece
-            if len(body) > ANSWER_SIZE:
-                return {}
-        try:
-            said = json.loads(body)
-        except (ValueError, RecursionError):
+def read_json(response: requests.Response) -> dict[str, Any]:
+    """The JSON object of a small answer; empty for anything else. Raises NotUnderstood."""
+    body = bytearray()
+    for piece in pieces(response):
+        body += piece
+        if len(body) > ANSWER_SIZE:
             return {}
-        return said if isinstance(said, dict) else {}
+    try:
+        said = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
-    def pause(self) -> float | None:
-        """Seconds, from either form of Retry-After, RFC 9110, section 10.2.3; else None."""
-        try:
-            seconds = Retry().get_retry_after(self._response)
-        except (HTTPError, ValueError, OverflowError):
-            return None
-        return None if seconds is None else min(seconds, LONGEST_PAUSE)
 
-    def redirect(self) -> str:
-        """Where else to ask, by its `location`. Raises AskAgainLater."""
-        self.json()  # so that the connection can be used again
-        try:
-            return cleaned(urljoin(self.url, self.location))
-        except ValueError:
-            raise AskAgainLater("redirected to what is no http address") from None
+def retry_after(response: requests.Response) -> float | None:
+    """Seconds, from either form of Retry-After (RFC 9110, section 10.2.3); else None."""
+    try:
+        seconds = Retry().get_retry_after(response.raw)
+    except (HTTPError, ValueError, OverflowError):
+        return None
+    return None if seconds is None else min(seconds, LONGEST_RETRY_AFTER)
 
-    def trouble(self, what: str = "") -> OrderRefused | AskAgainLater:
-        """What an answer that is neither 200 nor 204 means, in one line, for the caller to raise.
 
-        Raises AskAgainLater where its body breaks off.
-        """
-        plainly = f"{what}{self.who} answered {self}"
-        passing = self.status in (401, 407, 408, 425, 429) or not 400 <= self.status <= 500
-        problem = {} if passing else self.json()  # RFC 9457
-        said = ": ".join(plain(problem[key]) for key in ("title", "detail") if problem.get(key))
-        if passing or (self.status == 500 and not said):
-            return AskAgainLater(plainly, pause=self.pause() if self.who == GRAFX else None)
-        return OrderRefused(what + said if said else plainly, self.status)
+def error_for(response: requests.Response, who: str, prefix: str = "") -> TaskRejected | TryAgainLater:
+    """What an answer other than 200, 202 and 204 means, for the caller to raise. Raises NotUnderstood."""
+    status, plainly = response.status_code, f"{prefix}{who} answered {_status(response)}"
+    pause = retry_after(response) if who == GRAFX else None
+    if status not in UNDERSTOOD and (status in (407, 408, 425) or not 400 <= status < 500):
+        return NotUnderstood(plainly, retry_after=pause)
+    problem = read_json(response)  # RFC 9457
+    said = ": ".join(sanitize(problem[key]) for key in ("title", "detail") if problem.get(key))
+    if status in (202, 204, 401, 429) or (status == 500 and not said):
+        return TryAgainLater(plainly, retry_after=pause)
+    return TaskRejected(prefix + said if said else plainly, status)
 
 
 class Pace:
-    """Not faster than GraFx allows: a time between two requests, 0 until it refuses one for being too many.
+    """The rate limit: a time between two requests, 0 until GraFx answers that they are too many.
 
-    As TCP and Postfix do it: twice as slow after a refusal, a little faster after each good answer. So it
-    finds a limit that nobody has told it, stays near it, and forgets it when it is gone.
+    As TCP and Postfix do it: twice as slow after a 429 or 503, a little faster after each good answer.
+    So it finds a limit that is not documented, stays near it, and forgets it when it is gone.
     """
 
     SLOWER, FASTER = 2.0, 1.03
-    LONGEST, SHORTEST = 1.0, 0.001  # seconds; a refusal doubles at least the shortest
-    IDLE = 0.05  # seconds: longer than that it was not GraFx that was waited for
+    LONGEST, SHORTEST = 1.0, 0.001  # seconds; a 429 doubles at least the shortest
+    IDLE = 0.05  # seconds: a longer pause between two requests was not GraFx's
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._between = 0.0  # seconds from one request to the next
-        self._usual = 0.0  # what it is by itself, a mean of the last ones
+        self._usual = 0.0  # what it is without a limit, a mean of the last ones
         self._last = self._slowed = 0.0  # monotonic
 
     def wait(self) -> float:
-        """Wait for this thread's turn; returns when it took a place in the queue, in monotonic seconds."""
+        """Wait for this thread's turn; returns when it began to wait, in monotonic seconds."""
         with self._lock:
             now = time.monotonic()
             turn = max(now, self._last + self._between)
@@ -427,11 +313,11 @@ class Pace:
             time.sleep(turn - now)
         return now
 
-    def heard(self, status: int, asked: float) -> None:
-        """Learn from the answer to who was in the queue since then."""
+    def learn(self, status: int, began: float) -> None:
+        """Learn from the answer to a request that began to wait then."""
         with self._lock:
             if status in (429, 503):
-                if asked >= self._slowed:  # else it was on its way when another one was refused
+                if began >= self._slowed:  # else it was on its way when another one was answered so
                     slower = self.SLOWER * max(self._between, self._usual, self.SHORTEST)
                     self._between, self._slowed = min(self.LONGEST, slower), time.monotonic()
             elif status < 400:
@@ -441,316 +327,287 @@ class Pace:
 # --- the token -------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class _Token:
-    value: str = field(repr=False)
-    renew: float  # monotonic seconds, as is the next
-    ends: float
-    worked: bool = False  # GraFx has taken it
-
-
-class DangerousToken:
+class DangerousToken(AuthBase):
     """The workshop's "dangerous" token: whoever has it can do what the integration can.
 
-    Kept in memory only, shared by all threads, renewed by itself.
+    Adds it to requests for the server of `base_url`, and to no others. Kept in memory only, shared by all
+    threads, renewed when needed.
     """
 
-    def __init__(self, connections: Connections, token_url: str, client_id: str, client_secret: str) -> None:
-        self._connections, self._url = connections, token_url
-        self._id, self._secret = client_id, client_secret
-        self._lock = threading.Lock()
-        self._token: _Token | None = None
-        self._error: tuple[float, AskAgainLater] | None = None
-        self.issued = False  # whether there ever was one
+    def __init__(self, base_url: str, token_url: str, client_id: str, client_secret: str) -> None:
+        self.home, self.url = origin(base_url), token_url
+        self._form = {"grant_type": "client_credentials", "audience": AUDIENCE}
+        self._form |= {"client_id": client_id, "client_secret": client_secret}
+        self._lock, self.issued = threading.Lock(), False
+        # Times are monotonic seconds: when to renew it, when it ends, when a 401 had it renewed.
+        self._header, self._renew, self._ends, self._replaced = "", 0.0, 0.0, -math.inf
+        self._failed, self._failure = -math.inf, TryAgainLater("")  # the last failure, and when
         _secrets.append(client_secret)
 
-    def get(self, refused: _Token | None = None) -> _Token:
-        """The token, fetched where there is none, where its end is near, or where it was `refused`.
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Called by requests. Raises TryAgainLater, CredentialsRejected."""
+        if origin(str(request.url)) == self.home:
+            request.headers["Authorization"] = self.get()
+        return request
 
-        Raises CredentialsRefused, AskAgainLater.
-        """
+    def get(self) -> str:
+        """The Authorization header. Raises TryAgainLater, CredentialsRejected."""
         began = time.monotonic()
-        with self._lock:
-            token = self._token
-            # By identity: the endpoint caches, so that a new fetch may bring the same text again.
-            if token is None or token is refused or time.monotonic() >= token.renew:
-                if self._error and began < self._error[0]:
-                    raise self._error[1]  # failed while this thread waited, or is to be left alone
-                try:
-                    token = self._token = self._fetch()
-                except AskAgainLater as error:
-                    self._error = (time.monotonic() + (error.pause or 0.0), error)
-                    if token is None or token is refused or time.monotonic() >= token.ends:
-                        raise
-                    # It is still good for a while.
-                    pause = max(TOKEN_MARGIN / 10, error.pause or 0.0)
-                    token.renew = min(token.ends, time.monotonic() + pause)
-            return token
-
-    def _fetch(self) -> _Token:
-        form = {"grant_type": "client_credentials", "audience": AUDIENCE}
-        form |= {"client_id": self._id, "client_secret": self._secret}
-        headers = HEADERS | {"Content-Type": "application/json"}
+        if began < self._renew:
+            return self._header
+        if not self._lock.acquire(timeout=2 * sum(TIMEOUT)):
+            raise TryAgainLater(f"no token: {self.url} has not answered yet", shared=True)
         try:
-            url = cleaned(self._url)
-            with self._connections.ask(TOKEN_SERVER, "POST", url, headers, json.dumps(form)) as answer:
-                return self._read(answer, answer.json())
-        except CredentialsRefused:
-            raise
-        except AskAgainLater as error:
-            raise AskAgainLater(f"no token: {error}", shared=True, pause=error.pause) from None
+            if time.monotonic() >= self._renew:  # else another thread has renewed it
+                self._renew_it(began)
+            return self._header
+        finally:
+            self._lock.release()
 
-    def _read(self, answer: Answer, said: dict[str, Any]) -> _Token:
-        # RFC 6749, section 5.2: a refusal has its own words. Without them it is a gateway's.
-        if answer.status in (400, 401, 403) and isinstance(said.get("error"), str):
-            words = plain(said.get("error_description") or said["error"])
-            raise CredentialsRefused(
-                f"{self._url} refuses SERVER_ID and SERVER_SECRET: {answer} {words}".rstrip(),
-                shared=True,
-                pause=answer.pause(),
-            )
-        value, lasts = said.get("access_token"), said.get("expires_in")
+    def replace(self, rejected: str | None) -> bool:
+        """Whether to repeat a request whose token was `rejected`; a 401 renews it at most once a minute."""
+        with self._lock:
+            now = time.monotonic()
+            if self._header == rejected and now < self._renew:  # else another thread renews it
+                if now < self._replaced + TOKEN_PAUSE:
+                    return False
+                self._replaced, self._renew, self._ends = now, 0.0, 0.0
+            return rejected is not None  # else it is another server's 401
+
+    def _renew_it(self, began: float) -> None:
+        """Under the lock, for a thread that has waited for it since `began`."""
+        if began < self._failed + (self._failure.retry_after or 0):
+            raise self._failure
+        try:
+            # A connection of its own, without this auth, which would wait for itself.
+            with (
+                new_session(lambda request: request) as session,
+                send(session, TOKEN_SERVER, "POST", self.url, json=self._form) as response,
+            ):
+                self._read(response, read_json(response), retry_after(response))
+        except TryAgainLater as error:
+            self._failed, self._failure = time.monotonic(), error
+            if not isinstance(error, CredentialsRejected):
+                self._failure = TryAgainLater(f"no token: {error}", True, error.retry_after)
+            if self._failed >= self._ends:  # else the old one is still good
+                raise self._failure from None
+            self._renew = min(self._ends, self._failed + max(TOKEN_PAUSE, error.retry_after or 0))
+
+    def _read(self, response: requests.Response, said: dict[str, Any], pause: float | None) -> None:
+        value, lasts, status = said.get("access_token"), said.get("expires_in"), response.status_code
+        # RFC 6749, section 5.2: a rejection has its own words. Without them it is a gateway's.
+        if status in (400, 401, 403) and isinstance(said.get("error"), str):
+            words = sanitize(said.get("error_description") or said["error"])
+            text = f"{self.url} rejects SERVER_ID and SERVER_SECRET: {_status(response)} {words}".rstrip()
+            raise CredentialsRejected(text, True, pause)
         # RFC 6750, section 2.1. Anything else in a header would end up in an exception's text.
-        if answer.status != 200 or not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
-            without = " without one" * (answer.status == 200)
-            raise AskAgainLater(f"{self._url} answered {answer}{without}", pause=answer.pause())
+        if status != 200 or not isinstance(value, str) or not re.fullmatch("[!-~]+", value):
+            without = " without a token" * (status == 200)
+            raise TryAgainLater(f"{self.url} answered {_status(response)}{without}", retry_after=pause)
         if not isinstance(lasts, (int, float)) or not 0 < lasts < 1e9:
             lasts = 3600  # where it ends earlier, a 401 tells
-        self.issued = True
-        _secrets.extend((self._secret, value))
-        now = time.monotonic()
-        return _Token(value, now + lasts - min(TOKEN_MARGIN, lasts / 2), now + lasts)
+        _secrets.extend((self._form["client_secret"], value))
+        self.issued, self._header = True, f"Bearer {value}"
+        self._ends = time.monotonic() + lasts
+        self._renew = self._ends - min(TOKEN_MARGIN, lasts / 2)
 
 
 # --- one environment -------------------------------------------------------------------------
 
 
 class GraFx:
-    """One environment of GraFx: where it is, the token for it, the connections to it.
+    """One environment of GraFx, for `pool_size` threads.
 
-    size: so many threads ask at once. Raises ValueError for what is no http or https address.
+    Raises ValueError for what is not an http or https address.
     """
 
     def __init__(
-        self,
-        base_url: str,
-        environment: str,
-        token_url: str,
-        client_id: str,
-        client_secret: str,
-        size: int = 1,
-    ) -> None:
-        self.base_url, self.home = base_url, origin(base_url)
-        # The address of a task, without its id; cleaned once, since each question begins with it.
-        self.tasks = cleaned(
-            f"{base_url}/grafx/api/v1/environment/{quote(environment, safe='')}/output/tasks/"
-        )
-        self.connections, self.pace = Connections(size), Pace()
-        self.token = DangerousToken(self.connections, token_url, client_id, client_secret)
+        self, base_url: str, environment: str, token_url: str, client_id: str, client_secret: str,
+        pool_size: int = 1,
+    ) -> None:  # fmt: skip
+        self.base_url = prepared(base_url).rstrip("/")
+        self.tasks = f"{self.base_url}/grafx/api/v1/environment/{quote(environment, safe='')}/output/tasks/"
+        self.token = DangerousToken(self.base_url, token_url, client_id, client_secret)
+        self.session, self.pace = new_session(self.token, pool_size), Pace()
 
-    def get(self, url: str) -> Answer:
-        """GET, redirects followed; the token goes along to this environment's server and nowhere else.
+    def poll(self, task_id: str) -> str | None:
+        """The address of a finished task's file; None while it renders. Raises as order_done."""
+        try:
+            with self.get(self.session, self.tasks + task_id) as response:
+                if response.status_code == 204:
+                    response.raw.drain_conn()
+                    return None
+                if response.status_code not in (200, 202):
+                    raise error_for(response, GRAFX)
+                said = read_json(response)
+                # CHILI's example startPollingOnEndpoint.ts takes a 202 for "not finished".
+                return None if response.status_code == 202 else _download_link(response, said, task_id)
+        except NotUnderstood:
+            self.session.close()
+            raise
 
-        Raises AskAgainLater, OrderRefused.
+    def get(self, session: requests.Session, url: str) -> requests.Response:
+        """GET. Redirects are followed one by one, so that the token's rule holds for each address.
+
+        Raises TryAgainLater.
         """
         for _ in range(REDIRECTS + 1):
-            # Compared is what requests made of the address, since that is where it connects to:
-            # it and urlsplit do not agree on whose "http://one\\@two/" is.
-            scheme, host, port = where = origin(url)
-            if (self.home[0], scheme, host) == ("https", "http", self.home[1]) and port in (80, self.home[2]):
-                # A server behind a TLS proxy may not know that it is.
-                url = urlsplit(url)._replace(scheme="https", netloc=urlsplit(self.base_url).netloc).geturl()
-                where = self.home
-            if where == self.home:
-                answer = self._ask_home(url)
-            else:
-                answer = self.connections.ask(DOWNLOAD, "GET", url, HEADERS)
-            if not answer.location:
-                return answer
-            with answer:
-                url = answer.redirect()
-        raise AskAgainLater("redirected in circles")
+            url = self._over_tls(url)
+            response = self._get_once(session, url)
+            if response.status_code == 401 and self.token.replace(
+                response.request.headers.get("Authorization")
+            ):
+                response.close()
+                response = self._get_once(session, url)
+            if response.next is None:
+                return response
+            response.close()
+            try:
+                url = prepared(str(response.next.url))
+            except ValueError:
+                raise TryAgainLater("redirected to what is not an http address") from None
+        raise TryAgainLater(f"redirected more than {REDIRECTS} times")
 
-    def _ask_home(self, url: str) -> Answer:
-        """With the token; where that is refused, with a new one. Raises AskAgainLater, OrderRefused."""
-        refused = None
-        while True:
-            token = self.token.get(refused)
-            answer = self._ask_with(token, url)
-            if answer.status != 401:
-                return answer
-            with answer:
-                if (refused or token.worked) and self._takes(token):
-                    raise OrderRefused("GraFx takes the token for other tasks, but not for this one", 401)
-                if refused:
-                    raise AskAgainLater("GraFx refuses a token that is new: 401 Unauthorized", shared=True)
-            refused = token
+    def _get_once(self, session: requests.Session, url: str) -> requests.Response:
+        if origin(url) != self.token.home:
+            return send(session, DOWNLOAD_SERVER, "GET", url)
+        began = self.pace.wait()
+        response = send(session, GRAFX, "GET", url)
+        self.pace.learn(response.status_code, began)
+        return response
 
-    def _takes(self, token: _Token) -> bool:
-        """Whether GraFx takes the token for a task that cannot exist: then a 401 was the order's own."""
-        with self._ask_with(token, self.tasks + NOBODYS) as answer:
-            return answer.status < 300 or answer.status in (403, 404)
-
-    def _ask_with(self, token: _Token, url: str) -> Answer:
-        turn = self.pace.wait()
-        answer = self.connections.ask(GRAFX, "GET", url, HEADERS | {"Authorization": f"Bearer {token.value}"})
-        self.pace.heard(answer.status, turn)
-        token.worked = token.worked or answer.status < 400
-        return answer
+    def _over_tls(self, url: str) -> str:
+        """A server behind a TLS proxy may give out http addresses; without TLS they get no token."""
+        home, (scheme, host, port) = self.token.home, origin(url)
+        if (home[0], scheme, host) == ("https", "http", home[1]) and port in (80, home[2]):
+            return urlsplit(url)._replace(scheme="https", netloc=urlsplit(self.base_url).netloc).geturl()
+        return url
 
 
-def try_out(grafx: GraFx) -> str:
-    """Ask about a task that cannot exist; returns what is fine. Raises AskAgainLater, OrderRefused."""
-    mend = "look at BASEURL and ENVIRONMENT, and whether the integration may read output"
-    with grafx.get(grafx.tasks + NOBODYS) as answer:
-        if origin(answer.url) != grafx.home:
-            raise AskAgainLater(f"{grafx.base_url} redirects to {origin(answer.url)[1]}: look at BASEURL")
-        said = answer.json()
-        if answer.status == 204 or (answer.status in (200, 404) and said):
-            return f"{grafx.base_url} answers"
-        words = "without a word of GraFx's own"
-        if said:
-            words = plain(said.get("detail") or said.get("title") or "")
-        raise AskAgainLater(f"{grafx.base_url} answered {answer} {words}".rstrip() + f": {mend}")
-
-
-# --- the order -------------------------------------------------------------------------------
-
-
-def order_done(
-    task_id: str, grafx: GraFx, orders_dir: Path, progress: Progress = lambda done, total: None
-) -> bool:
-    """Ask about a task; where it is finished, bring its file to `<orders_dir>/<task_id>.<ext>`.
-
-    Returns True once the file is whole and on the disk, False while GraFx answers 204.
-    Raises OrderRefused, AskAgainLater.
-    """
-    with grafx.get(grafx.tasks + task_id) as answer:
-        if answer.status == 204:
-            return False
-        if answer.status != 200:
-            raise answer.trouble()
-        link = _download_link(answer, task_id)
-    with grafx.get(link) as answer:
-        if answer.status == 410:
-            raise OrderRefused("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
-        if answer.status != 200:
-            raise answer.trouble("the download: ")
-        _save(answer, orders_dir, task_id, progress)
-    return True
-
-
-def _download_link(answer: Answer, task_id: str) -> str:
-    """Where a finished task's file is. Raises OrderRefused, AskAgainLater."""
-    said = answer.json()
+def _download_link(response: requests.Response, said: dict[str, Any], task_id: str) -> str:
     data = said.get("data")
     about = data.get("taskId") if isinstance(data, dict) else None
     if isinstance(about, str) and about.casefold() != task_id.casefold():
-        raise AskAgainLater(f"the answer was another task's: {plain(about)[:80]}")
+        raise NotUnderstood(f"the answer was another task's: {sanitize(about)[:80]}")
     try:
-        return cleaned(said["links"]["download"])
+        return prepared(said["links"]["download"])
     except (KeyError, TypeError, ValueError):
-        answer.must_end()
-        raise OrderRefused("GraFx says finished, but gives no download link", 200) from None
+        require_length(response)
+        raise TaskRejected("GraFx says finished, but gives no download link", 200) from None
+
+
+def check_environment(grafx: GraFx) -> str:
+    """Poll a task that cannot exist; returns what is fine. Raises TaskRejected, TryAgainLater."""
+    with grafx.get(grafx.session, grafx.tasks + UNKNOWN_TASK) as response:
+        if origin(str(response.url)) != grafx.token.home:
+            host = urlsplit(str(response.url)).hostname
+            raise TryAgainLater(f"{grafx.base_url} redirects to {host}: look at BASEURL")
+        said = read_json(response)
+        if response.status_code == 204 or (response.status_code in (200, 404) and said):
+            return f"{grafx.base_url} answers"
+        words = sanitize(said.get("detail") or said.get("title") or "without a word of GraFx's own")
+        raise TryAgainLater(
+            f"{grafx.base_url} answered {_status(response)} {words}:"
+            " look at BASEURL and ENVIRONMENT, and whether the integration may read output"
+        )
 
 
 # --- the file --------------------------------------------------------------------------------
 
 
+def order_done(
+    task_id: str, grafx: GraFx, orders_dir: Path, progress: Progress = lambda size, total: None
+) -> Path | None:
+    """Poll a task; where it is finished, download its file to `<orders_dir>/<task_id>.<extension>`.
+
+    Returns the file once it is whole and on the disk, None while the task renders. A file that is there
+    already is not downloaded again. Raises TaskRejected, TryAgainLater; OSError where the folder cannot
+    be written.
+    """
+    if file := find_file(orders_dir, task_id):
+        sync_folder(orders_dir)  # a process may have been killed between its rename and this
+        return file
+    link = grafx.poll(task_id)
+    if link is None:
+        return None
+    # A connection of its own: nobody's late answer can be taken for the file.
+    with new_session(grafx.token) as session, grafx.get(session, link) as response:
+        if response.status_code == 410:
+            raise TaskRejected("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
+        if response.status_code != 200:
+            home = origin(str(response.url)) == grafx.token.home
+            raise error_for(response, GRAFX if home else DOWNLOAD_SERVER, "the download: ")
+        return _save(response, orders_dir, task_id, progress)
+
+
 def find_file(orders_dir: Path, task_id: str) -> Path | None:
     """The file of a task where it has been delivered."""
     for extension in FORMATS:
-        name = f"{orders_dir}/{task_id}.{extension}"  # as text, since pathlib takes ten times as long
+        name = f"{orders_dir}/{task_id}.{extension}"  # as text: pathlib takes ten times as long
         if os.access(name, os.F_OK) and Path(name).is_file():
             return Path(name)
     return None
 
 
-def is_here(orders_dir: Path, task_id: str) -> bool:
-    """Whether a task's file is here: its order was not noted as delivered, or is to be handed over again.
-
-    It is whole, since it has its final name; but where a process was killed right after the rename perhaps
-    not yet for ever, so that is made sure of. Raises AskAgainLater.
-    """
-    here = find_file(orders_dir, task_id) is not None
-    if here:
-        _sync_folder(orders_dir)
-    return here
-
-
 def remove_leftovers(orders_dir: Path) -> None:
-    """Remove what a killed process left half written. Raises OSError."""
+    """Remove the partial downloads of a killed process. Raises OSError."""
     for path in orders_dir.glob(".*.part"):
         path.unlink(missing_ok=True)
 
 
-def _save(answer: Answer, orders_dir: Path, task_id: str, progress: Progress) -> None:
-    """Stream the body to its place. Raises OrderRefused, AskAgainLater; then nothing is left of it."""
-    answer.must_end()
-    total = answer.total()
+def _save(response: requests.Response, orders_dir: Path, task_id: str, progress: Progress) -> Path:
+    """Stream the body to its place. Raises as order_done; then nothing is left of it."""
+    require_length(response)
+    total = None if coding_of(response) else response.raw.length_remaining
     temp = orders_dir / f".{task_id}.part"
-    says = answer.headers.get("Content-Type", "")
+    says = response.headers.get("Content-Type", "")
     size, extension, first, last = 0, "", b"", b""
     try:
-        # The order of these steps is the promise: nothing has its final name before it is whole and
-        # on the disk, and the caller forgets the order only after the name is on the disk as well.
+        # The order of these steps is the guarantee: the file has its final name only when it is whole and
+        # on the disk, and the caller forgets the order only when the name is on the disk as well.
         with temp.open("wb") as file:
-            for piece in answer.pieces():
+            for piece in pieces(response):
                 file.write(piece)
-                size, first, last = size + len(piece), (first + piece)[:16], (last + piece)[-len(PNG_END) :]
-                # Fewer than 16 may be all that came before it breaks off, which says nothing of the file.
+                size, first = size + len(piece), (first + piece[:16])[:16]
+                last = (last + piece[-len(PNG_END) :])[-len(PNG_END) :]
+                # Before 16 bytes the body may still break off, which says nothing about the file.
                 extension = extension or (_extension(says, first) if len(first) == 16 else "")
                 progress(size, total)
             extension = extension or _extension(says, first)
             if extension == "png" and last != PNG_END:
-                raise OrderRefused("the PNG has no end", 200)
+                raise TaskRejected("the PNG has no end", 200)
             file.flush()
             os.fsync(file.fileno())
-        temp.replace(orders_dir / f"{task_id}.{extension}")
-        _sync_folder(orders_dir)
-    except OSError as error:
-        if isinstance(error, IsADirectoryError):
-            place = error.filename2 or error.filename
-            raise AskAgainLater(f"{place} is a folder, where the file belongs: move it away") from None
-        raise _unwritable(orders_dir, error) from None
+        whole = orders_dir / f"{task_id}.{extension}"
+        if whole.is_dir():
+            raise TryAgainLater(f"{whole} is a folder, where the file belongs: move it away")
+        temp.replace(whole)
+        sync_folder(orders_dir)
+        return whole
     finally:
         with contextlib.suppress(OSError):
-            temp.unlink()
+            temp.unlink(missing_ok=True)
 
 
 def _extension(content_type: str, first: bytes) -> str:
-    """The extension by type and first bytes. Raises OrderRefused where the file is not what it says."""
-    content_type = plain(content_type.partition(";")[0]).lower()[:80]
+    """The extension by type and first bytes. Raises TaskRejected where they do not agree."""
+    content_type = sanitize(content_type.partition(";")[0]).lower()[:80]
     starts = (first, first[4:])
     looks = next((ext for ext, (_, magic) in FORMATS.items() if starts[ext == "mp4"].startswith(magic)), "")
     says = next((ext for ext, (types, _) in FORMATS.items() if content_type in types), "")
     if not first:
-        raise OrderRefused("the file is empty", 200)
+        raise TaskRejected("the file is empty", 200)
     if content_type not in NO_TYPE and not (says and says == looks):
-        raise OrderRefused(f"the file says {content_type} but is {looks or 'something else'}", 200)
+        raise TaskRejected(f"the file says {content_type} but is {looks or 'something else'}", 200)
     if not looks:
-        raise OrderRefused(f"the file is none of {', '.join(FORMATS)}", 200)
+        raise TaskRejected(f"the file is none of {', '.join(FORMATS)}", 200)
     return looks
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut. Raises AskAgainLater."""
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY)
     try:
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-
-
-def _unwritable(folder: Path, error: OSError) -> AskAgainLater:
-    if error.errno == errno.EFBIG:  # others may be smaller
-        return AskAgainLater(f"cannot write to {folder}: {error.strerror}: raise the limit (ulimit -f)")
-    mends = {errno.ENOENT: ": make it", errno.ENOTDIR: ": make it a folder"}
-    mends |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ": make room")
-    mends |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), ": mend its permissions")
-    return CannotWrite(
-        f"cannot write to {folder}: {error.strerror}{mends.get(error.errno or 0, '')}", shared=True
-    )
+        os.fsync(fd)
+    finally:
+        os.close(fd)
