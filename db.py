@@ -1,15 +1,11 @@
-"""`database.json`: which orders wait, which GraFx refuses, which have failed. Knows nothing of the network.
+"""`database.json`: the orders that are pending, rejected, or failed. Knows nothing of the network.
 
     import db
     db.add_order("84ad7436-f82f-4e87-8cd3-37299e37878c", "my-project")
 
-People edit the file by hand and programs write it while the poller runs, so no change is made to
-a remembered copy. Each one takes the lock, reads the file, changes its own entries, and puts a
-new file in the place of the old one in a single step. Whoever reads meanwhile sees all of the old
-file or all of the new one. Every function here raises DatabaseError where that cannot be done.
-
-What was delivered stands in a list beside it, `.database.json.delivered`, so that no order is
-delivered twice, whoever brings it back.
+People edit the file by hand and programs write it while the poller runs, so nobody writes a remembered
+copy: `change` reads the file, edits it, and puts a new one in its place in a single step. What was
+delivered is listed beside it. What cannot be read or written raises DatabaseError.
 """
 
 from __future__ import annotations
@@ -19,7 +15,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import io
 import json
 import logging
 import math
@@ -29,28 +24,26 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, TextIO, TypeVar, cast
+from typing import Any, TextIO, TypeVar
 
 from dotenv import dotenv_values
 
 HERE = Path(__file__).resolve().parent
 TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 LOOK = 1.0  # seconds between two looks at whether database.json changed
-SAVING = 2.0  # seconds: what has made no sense, or been missing, for less may be half saved by an editor
+SAVING = 2.0  # seconds for which a file that makes no sense, or is missing, may be half saved by an editor
 PATIENCE = 10.0  # seconds to wait for another writer, or for an editor that saves
-SHARE = 20  # the poller spends at most the twentieth part of its time on writing
-KEPT = 100_000  # deliveries that are remembered at least, and twice as many at most
-# What the poller writes into a failed record; an order's own fields of these names move to "order".
+SHARE = 20  # the poller spends at most a twentieth of its time on writing
+KEPT = 100_000  # deliveries that are kept in the list; it is shortened when it has twice as many
+PUT_BACK = 'Put it back, or start with an empty one: {"orders": {}}'
+# The fields of a failed record; an order's own fields of these names move to "order".
 RECORD = ("status", "error", "failed", "order")
 
-LEFT = "It is left as it is: mend it."
-
 Fields = dict[str, Any]
-Failures = dict[str, tuple[int | None, str]]  # task id to HTTP status and what GraFx said
 Given = TypeVar("Given")
 Version = tuple[int, ...] | None
 
@@ -61,35 +54,8 @@ class DatabaseError(Exception):
     """The file cannot be read or written; the text says what is wrong, where, and what to do."""
 
 
-class HalfSaved(DatabaseError):
-    """The same, but somebody may be saving it just now: look again."""
-
-
 class Busy(DatabaseError):
-    """Another process has the lock; the text says which."""
-
-
-@dataclass
-class Store:
-    """What the file says. `orders`, `failing` and `failed` map a task id to its fields."""
-
-    data: Fields
-    items: Any  # of `data`, the object or list that holds the orders
-    orders: dict[str, Fields]
-    strange: list[str]  # entries that are no order, each in one line
-
-    @property
-    def failing(self) -> dict[str, Fields]:
-        """The orders that GraFx refuses, but not yet for long enough; they wait as well."""
-        return self._records("failing")
-
-    @property
-    def failed(self) -> dict[str, Fields]:
-        """The orders that nobody asks about any more."""
-        return self._records("failed")
-
-    def _records(self, name: str) -> dict[str, Fields]:
-        return {key: value for key, value in self.data.get(name, {}).items() if isinstance(value, dict)}
+    """Somebody is writing the file just now, or may be: try again."""
 
 
 def settings() -> dict[str, str]:
@@ -104,7 +70,8 @@ def settings() -> dict[str, str]:
 
 def mend(error: OSError) -> str:
     """What to do about a file that cannot be made, read or written."""
-    mends = {errno.ENOENT: "Make the folder.", errno.ENOSPC: "Make room.", errno.EDQUOT: "Make room."}
+    mends = {errno.ENOENT: "Make the folder.", errno.ENOTDIR: "Make it a folder."}
+    mends |= {errno.ENOSPC: "Make room.", errno.EDQUOT: "Make room."}
     return mends.get(error.errno or 0, "Mend the folder's permissions.")
 
 
@@ -118,73 +85,156 @@ def stamp(when: datetime | None = None) -> str:
     return (when or datetime.now(timezone.utc)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-@functools.lru_cache(maxsize=1000)  # so once for each
+def utc(text: str) -> datetime:
+    """A time of ISO 8601; without a zone it is UTC. Raises ValueError."""
+    when = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return when if when.tzinfo else when.replace(tzinfo=timezone.utc)
+
+
+@functools.lru_cache(maxsize=1000)  # so once for each problem
 def warn_once(problem: str) -> None:
     log.warning("%s", problem)
 
 
-# --- the text --------------------------------------------------------------------------------
+# --- what the file says ----------------------------------------------------------------------
+
+
+class Store:
+    """The content of `database.json`. `orders` maps a pending order's task id to its fields.
+
+    The orders may stand in an object, in a list, or in the workshop's {"dataType": "Map", "value": [ … ]};
+    the methods keep that shape, and set `changed` where there is something to write. Raises ValueError.
+    """
+
+    def __init__(self, data: Fields) -> None:
+        items = data.setdefault("orders", {})
+        if isinstance(items, dict) and items.get("dataType") == "Map":
+            items = items["value"] if isinstance(items.get("value"), list) else None
+        if not isinstance(items, (dict, list)):
+            raise ValueError('"orders" must be an object, a list, or {"dataType": "Map", "value": [ … ]}')
+        self.data, self.items, self.changed = data, items, False
+        self.orders: dict[str, Fields] = {}
+        self.strange: list[str] = []  # entries that are no order, each in one line
+        for item in items.items() if isinstance(items, dict) else items:
+            task_id, fields = _entry(item)
+            if task_id is None:
+                self.strange.append(_encode(item))
+            else:
+                self.orders[task_id] = fields | self.orders.get(task_id, {})
+
+    @property
+    def failing(self) -> dict[str, Fields]:
+        """The records of orders that GraFx rejects; they are pending as well, and retried."""
+        return _records(self.data.get("failing", {}))
+
+    @property
+    def failed(self) -> dict[str, Fields]:
+        """The records of orders that are not polled any more."""
+        return _records(self.data.get("failed", {}))
+
+    def put(self, task_id: str, fields: Fields, new: bool = False) -> None:
+        """Add an order, in the shape that the others have; `new` notes when."""
+        items = self.items
+        bare = not fields and isinstance(items, list) and isinstance((items or [None])[-1], str)
+        if new and not bare:
+            fields = {**fields, "added": stamp()}
+        self.orders[task_id], self.changed = fields, True
+        if isinstance(items, dict):
+            items[task_id] = fields
+        elif bare:
+            items.append(task_id)
+        elif fields.get("taskID", task_id) != task_id or items is not self.data["orders"]:
+            # The field has another meaning, or it is a Map.
+            items.append([task_id, {"taskID": task_id, **fields}])
+        else:
+            items.append({"taskID": task_id, **fields})
+
+    def take(self, task_ids: Collection[str]) -> None:
+        """Remove pending orders, with what stands under "failing" and "failed" about them."""
+        gone = self.orders.keys() & set(task_ids)
+        if not gone:
+            return
+        self.changed = True
+        for task_id in gone:
+            del self.orders[task_id]
+            self.data.get("failed", {}).pop(task_id, None)
+            if isinstance(self.items, dict):
+                del self.items[task_id]
+        if isinstance(self.items, list):
+            self.items[:] = [item for item in self.items if _entry(item)[0] not in gone]
+        self.set_failing({key: record for key, record in self.failing.items() if key not in gone})
+
+    def fail(self, failures: Mapping[str, tuple[int | None, str]]) -> None:
+        """Move pending orders to "failed", with the HTTP status and what GraFx said."""
+        records = {}
+        for task_id, (status, error) in failures.items():
+            if task_id in self.orders:
+                fields = self.orders[task_id]
+                record = {key: value for key, value in fields.items() if key not in RECORD}
+                record |= {"status": status, "error": error, "failed": stamp()}
+                if own := {key: fields[key] for key in RECORD if key in fields}:
+                    record["order"] = own
+                records[task_id] = record
+        if records:
+            self.take(records.keys())
+            self.data.setdefault("failed", {}).update(records)
+
+    def retry(self, task_id: str) -> None:
+        """Make a failed order pending again, with all of its own fields."""
+        record = self.data["failed"].pop(task_id)
+        fields = {key: value for key, value in record.items() if key not in RECORD[:3]}
+        own = fields.get("order")
+        if isinstance(own, dict) and own and own.keys() <= set(RECORD):  # by `fail`
+            del fields["order"]
+            fields |= own
+        fields |= self.orders.get(task_id, {})
+        self.take([task_id])
+        self.put(task_id, fields)
+
+    def set_failing(self, records: Mapping[str, Fields]) -> None:
+        """Have these records under "failing". What a person typed there that is no object stays."""
+        if self.failing == records:
+            return
+        failing, self.changed = self.data.setdefault("failing", {}), True
+        for task_id in self.failing.keys() - records.keys():
+            del failing[task_id]
+        failing |= records
+        if not failing:
+            del self.data["failing"]
+
+    def text(self) -> bytes:
+        """The file: each order on a line of its own, for `grep` and the eye; all else indented by 4."""
+
+        def entry(value: Any) -> str:
+            return _block(value, 2) if value is self.items else _encode(value)  # that of a Map
+
+        parts = {}
+        for key, value in self.data.items():
+            if key in ("orders", "failing", "failed"):
+                parts[key] = _block(value, 1, entry)
+            else:
+                parts[key] = json.dumps(value, indent=4, ensure_ascii=False).replace("\n", "\n    ")
+        # backslashreplace: half a surrogate pair, which UTF-8 cannot hold, in JSON's own \uXXXX.
+        return (_block(parts, 0, str) + "\n").encode("utf-8", "backslashreplace")
+
 
 # On one line the encoder is C; with an indent it is Python, and ten times as slow.
-_line = json.JSONEncoder(ensure_ascii=False).encode
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> Fields:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"{json.dumps(twice)} stands twice in one object, and only one could be kept")
-    return found
-
-
-def _number(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:40]} is too large for a number, or none")
-    return number
-
-
-def _parse(raw: bytes) -> Fields:
-    """Raises ValueError with what is wrong, RecursionError."""
-    if not raw.strip(b" \t\r\n\xef\xbb\xbf"):
-        # No empty store: an editor or a command may have emptied it, and may be about to write it.
-        raise ValueError("it is empty. Put back what was in it, or remove it")
-    try:
-        text = raw.decode("utf-8-sig")
-        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_number, parse_float=_number)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1} is no UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
-    for key in ("failing", "failed"):
-        if not isinstance(data, dict) or not isinstance(data.get(key, {}), dict):
-            raise ValueError('it must be an object, and so must its "failing" and "failed"')
-    return cast(Fields, data)
-
-
-def _text(store: Store) -> bytes:
-    """Each order on a line of its own, for `grep`, `sed` and the eye; all else indented by 4."""
-    rows = [id(part) for part in (store.items, store.data.get("failing"), store.data.get("failed"))]
-    # backslashreplace: half a surrogate pair, which UTF-8 cannot hold, in JSON's own \uXXXX.
-    return (_laid_out(store.data, "\n", rows) + "\n").encode("utf-8", "backslashreplace")
-
-
-def _laid_out(value: Any, start: str, rows: list[int]) -> str:
-    """`value` as JSON; `start` is how each of its lines starts, `rows` is whose entries stay on one."""
-    if not isinstance(value, (dict, list)) or not value:
-        return _line(value)
-    inner = start + "    "
-    inside: Callable[[Any], str] = _line
-    if id(value) not in rows:
-        inside = functools.partial(_laid_out, start=inner, rows=rows)
+def _block(value: Any, depth: int, encode: Callable[[Any], str] = _encode) -> str:
+    """An object or a list with each entry on a line of its own."""
     if isinstance(value, dict):
-        ends, lines = "{}", [f"{_line(key)}: {inside(part)}" for key, part in value.items()]
+        ends, lines = "{}", [f"{_encode(key)}: {encode(part)}" for key, part in value.items()]
     else:
-        ends, lines = "[]", [inside(part) for part in value]
-    return ends[0] + inner + ("," + inner).join(lines) + start + ends[1]
+        ends, lines = "[]", [encode(part) for part in value]
+    margin = "\n" + "    " * depth
+    body = f",{margin}    ".join(lines)
+    return f"{ends[0]}{margin}    {body}{margin}{ends[1]}" if lines else ends
 
 
-# --- the orders: in an object, a list, or the workshop's {"dataType": "Map", "value": [ … ]} ---
+def _records(entries: Fields) -> dict[str, Fields]:
+    return {key: value for key, value in entries.items() if isinstance(value, dict)}
 
 
 def _entry(item: Any) -> tuple[str | None, Fields]:
@@ -208,93 +258,36 @@ def _entry(item: Any) -> tuple[str | None, Fields]:
     return task_id, fields
 
 
-def _store(data: Fields) -> Store:
-    items = data.setdefault("orders", {})
-    if isinstance(items, dict) and items.get("dataType") == "Map":
-        items = items["value"] if isinstance(items.get("value"), list) else None
-    if not isinstance(items, (dict, list)):
-        raise ValueError('"orders" must be an object, a list, or {"dataType": "Map", "value": [ … ]}')
-    store = Store(data, items, {}, [])
-    for item in items.items() if isinstance(items, dict) else items:
-        task_id, fields = _entry(item)
-        if task_id is None:
-            store.strange.append(_line(item))
-        else:
-            known = store.orders.get(task_id)
-            store.orders[task_id] = fields | known if known else fields
-    return store
+def _parse(raw: bytes) -> Store:
+    """Raises ValueError with what is wrong, RecursionError."""
+    if not raw.strip(b" \t\r\n\xef\xbb\xbf"):
+        # Not an empty store: an editor or a command may have emptied it, and be about to write it.
+        raise ValueError(f"it is empty. {PUT_BACK}")
+    try:
+        text = raw.decode("utf-8-sig")
+        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+    for key in ("failing", "failed"):
+        if not isinstance(data, dict) or not isinstance(data.get(key, {}), dict):
+            raise ValueError('it must be an object, and so must its "failing" and "failed"')
+    return Store(data)
 
 
-def _put(store: Store, task_id: str, fields: Fields, new: bool = False) -> None:
-    """Put an order in, in the shape that the others have; `new` notes when."""
-    items = store.items
-    bare = not fields and isinstance(items, list) and isinstance((items or [None])[-1], str)
-    if new and not bare:
-        fields = {**fields, "added": stamp()}
-    store.orders[task_id] = fields
-    if isinstance(items, dict):
-        items[task_id] = fields
-    elif bare:
-        items.append(task_id)
-    elif fields.get("taskID", task_id) != task_id or items is not store.data["orders"]:
-        # The field has another meaning, or it is a Map.
-        items.append([task_id, {"taskID": task_id, **fields}])
-    else:
-        items.append({"taskID": task_id, **fields})
+def _unique(pairs: list[tuple[str, Any]]) -> Fields:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{json.dumps(twice)} stands twice in one object, and only one could be kept")
+    return found
 
 
-def _take(store: Store, gone: set[str]) -> None:
-    for task_id in gone:
-        del store.orders[task_id]
-        if isinstance(store.items, dict):
-            del store.items[task_id]
-    if isinstance(store.items, list):
-        store.items[:] = [item for item in store.items if _entry(item)[0] not in gone]
-
-
-def _end(store: Store, delivered: Iterable[str], failed: Failures) -> bool:
-    """Take orders out, with what stands under "failing", and the failed ones in under "failed"."""
-    gone = {*delivered, *failed} & store.orders.keys()
-    for task_id in gone:
-        store.data.get("failed", {}).pop(task_id, None)
-    for task_id in [task_id for task_id in failed if task_id in gone]:
-        fields, (status, error) = store.orders[task_id], failed[task_id]
-        record = {key: value for key, value in fields.items() if key not in RECORD}
-        record |= {"status": status, "error": error, "failed": stamp()}
-        if own := {key: fields[key] for key in RECORD if key in fields}:
-            record["order"] = own
-        store.data.setdefault("failed", {})[task_id] = record
-    if gone:
-        _take(store, gone)
-        _set_failing(store, {key: record for key, record in store.failing.items() if key not in gone})
-    return bool(gone)
-
-
-def _revive(store: Store, task_id: str) -> None:
-    """Let a failed order wait again, with all of its own fields."""
-    record = store.data["failed"].pop(task_id)
-    fields = {key: value for key, value in record.items() if key not in RECORD[:3]}
-    own = fields.get("order")
-    if isinstance(own, dict) and own and own.keys() <= set(RECORD):  # by `_end`
-        del fields["order"]
-        fields |= own
-    if task_id in store.orders:
-        fields |= store.orders[task_id]
-        _take(store, {task_id})
-    _put(store, task_id, fields)
-
-
-def _set_failing(store: Store, records: dict[str, Fields]) -> bool:
-    """Whether that changed something. What a person typed there that is no object stays."""
-    if store.failing == records:
-        return False
-    failing = store.data.setdefault("failing", {})
-    for task_id in store.failing.keys() - records.keys():
-        del failing[task_id]
-    failing |= {task_id: dict(record) for task_id, record in records.items()}
-    if not failing:
-        del store.data["failing"]
-    return True
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is not a number that JSON can hold")
+    return number
 
 
 # --- the file --------------------------------------------------------------------------------
@@ -309,33 +302,36 @@ def version(file: Path | int) -> Version:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-class Watch:
-    """Reads the file, and knows for how long it has been as it is.
+class File:
+    """`database.json` on the disk, and since when it has been as it is.
 
-    By the monotonic clock: the clocks of people and of file servers are ahead, or are set back. Only
-    who watches a file can tell one that somebody is saving from one that is broken or was taken away.
+    One rule for a file that makes no sense, be it broken, empty or missing: for SAVING seconds somebody may
+    be saving it; after that it is an error; it is never written over. Only where there never was a file
+    it is an empty store.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # As it was at the last look. Where there is a lock, there was a file, and it is missed.
-        self.seen: Version = () if _beside(path, "lock").exists() else None
-        self.since = -math.inf  # when it was seen like that for the first time
-        self.problem = ""  # with what was seen: a broken file is parsed again only when it changed
+        self.seen: Version = ()  # as it was at the last look
+        self.since = 0.0  # when it was seen like that for the first time; monotonic, since clocks jump
+        self.problem = ""  # with what was seen: a broken file is parsed again only when it has changed
+        self.existed = False
 
     def changed(self) -> bool:
-        """Whether there is something to read, or to say again."""
+        """Whether there is something to read, or still a problem."""
         try:
             return version(self.path) != self.seen or bool(self.problem)
         except OSError:
             return True
 
     def read(self) -> Store:
-        """Read the file now. Raises HalfSaved for what may be half saved."""
+        """Read the file now. Raises Busy for what may be half saved."""
+        raw = b""
         try:
             with self.path.open("rb") as file:
-                seen = version(file.fileno())
-                raw = b"" if self.problem and seen == self.seen else file.read()
+                seen, self.existed = version(file.fileno()), True
+                if seen != self.seen or not self.problem:
+                    raw = file.read()
         except FileNotFoundError:
             seen = None
         except OSError as error:
@@ -343,120 +339,62 @@ class Watch:
             raise DatabaseError(f"cannot read {self.path}: {error.strerror}. Mend its permissions.") from None
         if seen != self.seen:
             self.seen, self.since, self.problem = seen, time.monotonic(), ""
-        young = time.monotonic() < self.since + SAVING
-        if seen is None and not young:
-            if self.problem:
-                log.warning("%s is missing: that counts as no orders. Put it back.", self.path)
-            self.problem = ""
-            return _store({"orders": {}, "failed": {}})
+        if seen is None and not self.existed:
+            lock = version(beside(self.path, "lock"))
+            self.existed = bool(lock and lock[2])  # see `change`
+            if not self.existed:
+                return Store({"orders": {}, "failed": {}})
         if seen is None:  # some editors rename a file away before they write the new one
-            self.problem = f"{self.path} is missing. Put it back."
+            self.problem = f"{self.path} is missing. {PUT_BACK}"
         elif not self.problem:
             try:
-                return _store(_parse(raw))
+                return _parse(raw)
             except (ValueError, RecursionError) as error:
                 what = "it is nested too deeply" if isinstance(error, RecursionError) else error
-                self.problem = f"{self.path}: {what}. {LEFT}"
-        raise (HalfSaved if young else DatabaseError)(self.problem)
+                self.problem = f"{self.path}: {what}. It is left as it is: mend it."
+        young = time.monotonic() < self.since + SAVING
+        raise (Busy if young else DatabaseError)(self.problem)
 
 
-def _patiently(step: Callable[[], Given], patience: float) -> Given:
-    """What `step` gives, tried for so many seconds while somebody saves the file or has the lock."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            return step()
-        except (HalfSaved, BlockingIOError):
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(0.01)
+def change(file: File, edit: Callable[[Store], None], patience: float) -> Store:
+    """The one way to change the file: lock, read, `edit`, write a new one, rename it over the old one.
 
-
-def read(path: Path) -> Store:
-    """Read the file; a missing one is an empty store. What may be half saved is waited for."""
-    return _patiently(Watch(path).read, PATIENCE)
-
-
-@contextlib.contextmanager
-def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
-    """Hold the lock `.<database>.<name>` beside the file: "lock" to write, "pid" to be its only poller.
-
-    It is on a file of its own that is never replaced or removed. On the database itself, a rename
-    would leave one process with a lock on a file that is no longer there and the next one with a
-    lock on the new file; so would a lock file that is removed after use. The kernel lets go of it
-    when its process ends, however it ends. patience: seconds to wait for it; Busy where they end.
+    Returns what the file says then. Where `edit` changes nothing, nothing is written. It is called again
+    where somebody who knows nothing of the lock has saved the file meanwhile. patience: seconds to wait for
+    the lock.
     """
-    place = _beside(path, name)
-    try:
-        file = os.fdopen(_open(place), "r+")
-        _patiently(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB), patience)
-    except BlockingIOError:
-        with file:
-            holder = _holder(file)
-        if name == "pid":
-            raise Busy(f"a poller with {path} runs already, as {holder}. One is enough.") from None
-        raise Busy(f"{path} is being written by {holder}, which holds {place}. Try again.") from None
-    except OSError as error:
-        raise DatabaseError(f"cannot lock {place}: {error.strerror}. {mend(error)}") from None
-    with file:
-        take_note(file, "")
-        try:
-            yield file
-        finally:  # explicitly: a child that was forked meanwhile shares the lock, and would keep it
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _holder(lock: TextIO) -> str:
-    pid = lock.readline().partition(" ")[0].strip()
-    try:
-        return f"process {pid} ({Path(f'/proc/{int(pid)}/comm').read_text(errors='replace').strip()})"
-    except (ValueError, OSError):  # nothing is noted, no Linux, or not for us to know
-        return f"process {pid}" if pid else "another process"
-
-
-def take_note(lock: TextIO, note: str) -> None:
-    """Write into a held lock whose it is, and the poller's note for `db.py list`."""
-    with contextlib.suppress(OSError):  # it is for people; the lock itself is the kernel's
-        os.ftruncate(lock.fileno(), 0)
-        text = f"{os.getpid()} {note}\n".encode(errors="backslashreplace")
-        os.write(lock.fileno(), text)  # unbuffered: nothing is left for close
-
-
-def _change(path: Path, edit: Callable[[Store], bool]) -> bool:
-    """Take the lock and rewrite; whether that changed something."""
-    watch = Watch(path)  # before there is a lock: then a file was never there
-    with lock(path, "lock", PATIENCE):
-        _, changed = _rewrite(watch, edit, PATIENCE)
-    return changed
-
-
-def _rewrite(watch: Watch, edit: Callable[[Store], bool], patience: float) -> tuple[Store, bool]:
-    """Under the lock: read the file anew, and where `edit` says that it changed something, write it."""
-    while True:
-        store = _patiently(watch.read, patience)
-        if not edit(store):
-            return store, False
-        seen, watch.seen = watch.seen, ()  # until it is written, nobody knows what was read
-        try:
-            written = _replace(watch.path, _text(store), seen)
-        except RecursionError:
-            raise DatabaseError(f"{watch.path}: it is nested too deeply. {LEFT}") from None
-        if written:
-            watch.seen = written
-            return store, True
+    with lock(file.path, "lock", patience) as held:
+        if file.path.exists():
+            note(held)  # only then: a lock with a note in it shows that there was a database
+        while True:
+            store = file.read()
+            edit(store)
+            if not store.changed:
+                return store
+            seen, file.seen = file.seen, ()  # until it is written, nobody knows what was read
+            try:
+                written = _replace(file.path, store.text(), seen)
+            except RecursionError:
+                raise DatabaseError(f"{file.path}: it is nested too deeply. Mend it.") from None
+            if written:
+                note(held)
+                file.seen, file.existed = written, True
+                return store
 
 
 def _replace(path: Path, content: bytes, seen: Version) -> Version:
-    """Put a new file in the place of `path`, in one step; None where that is no longer as `seen`."""
+    """Put a new file in the place of `path`, in one step; None where that is not as `seen` any more."""
     temp = path.with_name(f".{path.name.removeprefix('.')}.tmp")  # one, however many are killed
     try:
         temp.unlink(missing_ok=True)
-        with temp.open("xb") as file:
-            _dress(file.fileno(), path)
+        with os.fdopen(_open(temp, new=True), "wb") as file:
+            fd = file.fileno()
+            if seen:
+                _copy_owner_and_mode(fd, path.stat())
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
-            written = version(file.fileno())  # now: what is saved in place after the rename is not ours
+            os.fsync(fd)
+            written = version(fd)  # now: what is saved in place after the rename is not ours
             # An editor knows nothing of the lock. What it saves after this look is lost.
             if version(path) != seen:
                 return None
@@ -470,46 +408,39 @@ def _replace(path: Path, content: bytes, seen: Version) -> Version:
             temp.unlink(missing_ok=True)
 
 
-def _beside(path: Path, name: str) -> Path:
-    return path.with_name(f".{path.name}.{name}")
+def _copy_owner_and_mode(fd: int, old: os.stat_result) -> None:
+    """As far as one may: the owner may be ours to give, and the group not, or the other way round."""
+    for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):
+        with contextlib.suppress(PermissionError):
+            os.fchown(fd, owner, group)
+    with contextlib.suppress(PermissionError):  # some file systems know no modes
+        os.fchmod(fd, old.st_mode & 0o7777)
 
 
-def _open(place: Path) -> int:
-    """Open a file beside the database to read and append; a new one is made. Raises OSError.
+def _open(place: Path, new: bool = False) -> int:
+    """Open a file beside the database to read and append, made where it is missing. Raises OSError.
 
-    No link is followed, and only what is new changes hands: root may call in another user's folder.
+    No link is followed: root may call in another user's folder. Who may write the folder may write what
+    is made in it; a set-group-id folder has passed its group on. new: the file must not be there yet.
     """
     how = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
     try:
         fd = os.open(place, how | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
+        if new:
+            raise
         return os.open(place, how)
-    _share(fd, place.parent)
+    folder = place.parent.stat()
+    with contextlib.suppress(PermissionError):  # some file systems know neither owners nor modes
+        if os.geteuid() == 0:
+            os.fchown(fd, folder.st_uid, folder.st_gid)
+        if folder.st_mode & 0o020:
+            os.fchmod(fd, os.fstat(fd).st_mode & 0o777 | 0o060)
     return fd
 
 
-def _dress(fd: int, path: Path) -> None:
-    """Let what takes the place of `path` be whose that is, as far as one may, with the same permissions."""
-    try:
-        old = path.stat()
-    except FileNotFoundError:
-        return _share(fd, path.parent)
-    for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):  # one may be ours to give, the other not
-        with contextlib.suppress(PermissionError):
-            os.fchown(fd, owner, group)
-    os.fchmod(fd, old.st_mode & 0o7777)
-
-
-def _share(fd: int, folder: Path) -> None:
-    """A new file is for all whom its folder lets write; where root makes it, for its owner too."""
-    with contextlib.suppress(PermissionError):  # who is not of that group has nothing to share with it
-        like = folder.stat()
-        if os.geteuid() == 0:
-            os.fchown(fd, like.st_uid, like.st_gid)
-            os.fchmod(fd, like.st_mode & 0o664)
-        elif like.st_mode & 0o020:
-            os.fchown(fd, -1, like.st_gid)
-            os.fchmod(fd, os.fstat(fd).st_mode & 0o7777 | 0o060)
+def beside(path: Path, name: str) -> Path:
+    return path.with_name(f".{path.name}.{name}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -517,66 +448,129 @@ def sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system without such a thing, as of VirtualBox
+            raise
     finally:
         os.close(fd)
 
 
-# --- the list of what was delivered ----------------------------------------------------------
+def _patiently(step: Callable[[], Given], patience: float) -> Given:
+    """What `step` gives, tried for so many seconds while somebody saves the file or has the lock."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return step()
+        except (Busy, BlockingIOError):
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.01)
+
+
+def read(path: Path) -> Store:
+    """Read the file; one that may be half saved is waited for."""
+    return _patiently(File(path).read, PATIENCE)
+
+
+@contextlib.contextmanager
+def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
+    """Hold the lock `.<database>.<name>` beside the file: "lock" to write, "pid" to be its only poller.
+
+    It is on a file of its own that is never replaced or removed. On the database itself, a rename
+    would leave one process with a lock on a file that is no longer there and the next one with a
+    lock on the new file; so would a lock file that is removed after use. The kernel releases it
+    when its process ends, however it ends. patience: seconds to wait for it; then Busy.
+    """
+    place = beside(path, name)
+    try:
+        file = os.fdopen(_open(place), "r+")
+        _patiently(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB), patience)
+    except BlockingIOError:
+        with file:
+            holder = f"process {file.readline().partition(' ')[0].strip() or 'unknown'}"
+        if name == "pid":
+            raise Busy(f"a poller for {path} is already running, as {holder}. One is enough.") from None
+        raise Busy(f"{path} is being written by {holder}, which holds {place}. Try again.") from None
+    except OSError as error:
+        raise DatabaseError(f"cannot lock {place}: {error.strerror}. {mend(error)}") from None
+    with file:
+        try:
+            yield file
+        finally:  # explicitly: a child that was forked meanwhile shares the lock, and would keep it
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def note(lock: TextIO, text: str = "") -> None:
+    """Write into a held lock whose it is, and what the poller has to say to `db.py list`."""
+    with contextlib.suppress(OSError):  # it is for people; the lock itself is the kernel's
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"{os.getpid()} {text}\n".encode(errors="backslashreplace"))
+
+
+# --- the list of deliveries ------------------------------------------------------------------
 
 
 class Deliveries:
     """`.database.json.delivered`: one line for each delivery, `<UTC> <task id> <file name>`.
 
     A file name of `-` says that the order is to be delivered again; the last line about an order
-    counts. A line without its end was cut off by a crash, and is none. Only the poller shortens it.
+    counts. A line without its end was cut off by a crash, and does not count.
     """
 
-    LINE = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) (%b) (.+)\n" % TASK_ID.pattern.encode())
+    LINE = re.compile(rb"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) (%b) (.+)\n" % TASK_ID.pattern.encode(), re.M)
 
     def __init__(self, database: Path) -> None:
-        self.database = database
-        self.path = _beside(database, "delivered")
-        self.file: Version = None  # device and inode of what was read: another one is read anew
-        self.lines = self.end = 0  # read so far, and up to which byte
+        self.database, self.path = database, beside(database, "delivered")
         self.ids: set[str] = set()
+        self.file: Version = None  # device and inode of what was read: another one is read anew
+        self.end = 0  # up to which byte it was read
 
     def refresh(self) -> None:
-        """Read what was appended since; where that cannot be done, say so once and go on without."""
+        """Read what was appended since; where that is not possible, say so once and go on without."""
         try:
-            self._read_on()
+            now = version(self.path)
+            if self.file and not now:
+                warn_once(f"{self.path} was taken away: what was delivered before counts as not delivered.")
+            file, size = (now[:2], now[2]) if now else (None, 0)
+            if file != self.file or size < self.end:
+                self.ids.clear()
+                self.file, self.end = file, 0
+            if size > self.end:
+                for _, task_id, name in self._read_on():
+                    (self.ids.discard if name == "-" else self.ids.add)(task_id)
         except OSError as error:
             warn_once(f"cannot read {self.path}: {error.strerror}. Mend that: nothing counts as delivered.")
 
-    def _read_on(self) -> None:
-        now = version(self.path)
-        if self.file and not now:
-            warn_once(f"{self.path} was taken away: what was delivered before counts as never delivered.")
-        file, size = (now[:2], now[2]) if now else (None, 0)
-        if file != self.file or size < self.end:
-            self.ids.clear()
-            self.file, self.lines, self.end = file, 0, 0
-        if size == self.end:
-            return
-        with self.path.open("rb") as lines:
-            lines.seek(self.end)
-            for line in lines:
-                if line.endswith(b"\n"):
-                    self.lines, self.end = self.lines + 1, self.end + len(line)
-                    self._know(line)
+    def _read_on(self) -> Iterator[tuple[str, str, str]]:
+        """Time, task id and file name of each whole line from `end` on."""
+        with self.path.open("rb") as file:
+            file.seek(self.end)
+            data = file.read()
+        data = data[: data.rfind(b"\n") + 1]
+        self.end += len(data)
+        for when, task_id, name in (found.groups() for found in self.LINE.finditer(data)):
+            yield when.decode(), task_id.decode(), name.decode("utf-8", "replace")
 
-    def _know(self, line: bytes) -> None:
-        match = self.LINE.fullmatch(line)
-        if match and match[3] == b"-":
-            self.ids.discard(match[2].decode())
-        elif match:
-            self.ids.add(match[2].decode())
-        elif line != b"\n":
-            warn_once(f"{self.path}: lines that speak of no delivery are passed over.")
+    def all(self) -> dict[str, tuple[str, str]]:
+        """When (UTC) and as which file each order was delivered, the oldest first."""
+        found: dict[str, tuple[str, str]] = {}
+        with contextlib.suppress(OSError):
+            for when, task_id, name in Deliveries(self.database)._read_on():
+                found.pop(task_id, None)
+                if name != "-":
+                    found[task_id] = (when, name)
+        return found
+
+    def has(self, task_id: str) -> bool:
+        """Whether this order is listed; quick where it is not, however long the list is."""
+        with contextlib.suppress(OSError):
+            return task_id.encode() in self.path.read_bytes() and task_id in self.all()
+        return False
 
     def add(self, files: Mapping[str, str]) -> None:
-        """Note deliveries, task id to file name; when this returns they are on the disk.
+        """List deliveries, task id to file name; when this returns they are on the disk.
 
-        Raises DatabaseError; then they may be noted in part, and can be noted again.
+        Raises DatabaseError; then they may be listed in part, and can be listed again.
         """
         lines = [f"{stamp()} {task_id} {name or '?'}\n" for task_id, name in files.items()]
         try:
@@ -590,207 +584,200 @@ class Deliveries:
                 os.fsync(file.fileno())
             if not size:
                 sync_folder(self.path.parent)
-            self._read_on()
         except OSError as error:
             raise DatabaseError(f"cannot write {self.path}: {error.strerror}. {mend(error)}") from None
+        self.refresh()
 
     def shorten(self) -> None:
-        """Leave the newest KEPT lines where there are twice as many. Says where that is not possible."""
-        if self.lines <= 2 * KEPT:
-            return
+        """Keep the newest KEPT lines where there are twice as many. Says where that is not possible."""
         try:
-            with lock(self.database, "lock", 1.0), self.path.open("rb") as file:
-                seen = version(file.fileno())
-                self.refresh()
-                for _ in range(self.lines - KEPT):
-                    file.readline()
-                _replace(self.path, file.read(self.end - file.tell()), seen)
-        except Busy:
-            pass  # the next time will do
+            with self.path.open("rb") as file:
+                if sum(1 for _ in file) <= 2 * KEPT:
+                    return
+            with lock(self.database, "lock", PATIENCE):
+                seen, lines = version(self.path), self.path.read_bytes().splitlines(keepends=True)
+                _replace(self.path, b"".join(lines[-KEPT:]), seen)
+        except FileNotFoundError:
+            return
         except (DatabaseError, OSError) as error:
             warn_once(f"{self.path} cannot be shortened: {error}")
-
-    def last(self, task_id: str) -> tuple[str, str] | None:
-        """When an order was delivered (UTC) and as which file, without making sense of all of the list."""
-        text, last, word = b"", None, f" {task_id} ".encode()
-        with contextlib.suppress(OSError):
-            text = self.path.read_bytes()
-        for line in io.BytesIO(text) if word in text else ():  # it seldom is
-            if word in line and (match := self.LINE.fullmatch(line)) and match[2] == word.strip():
-                last = match
-        if last is None or last[3] == b"-":
-            return None
-        return last[1].decode(), last[3].decode("utf-8", "replace")
-
-    def since(self, when: datetime) -> tuple[int, str]:
-        """How many deliveries there were since then, and the last line of all."""
-        first, count, last = stamp(when).encode(), 0, b""
-        with contextlib.suppress(OSError), self.path.open("rb") as file:
-            for line in file:
-                match = self.LINE.fullmatch(line)
-                if match and match[3] != b"-":
-                    count, last = count + (match[1] >= first), line
-        return count, last.decode("utf-8", "replace").strip()
 
 
 # --- what the poller's loop needs ------------------------------------------------------------
 
 
 @dataclass
-class _Turn:
-    """What changes with each look at the file or write to it. Times are monotonic seconds."""
+class _Unwritten:
+    """What became of orders, and the file does not say yet. Times are monotonic seconds."""
 
-    look: float = 0.0  # when the next look is due
-    write: float = 0.0  # until when nothing is written
-    busy: float = math.inf  # since when the lock is another's
-    over: set[str] = field(default_factory=set)  # delivered, but still in the file: to be taken out
-    failing: dict[str, Fields] = field(default_factory=dict)  # in the file
-    problems: dict[str, str] = field(default_factory=dict)  # with the "database" and with the "list"
+    delivered: dict[str, str] = field(default_factory=dict)  # task id to file name, to be listed
+    listed: set[str] = field(default_factory=set)  # to leave the file
+    failed: dict[str, tuple[int | None, str]] = field(default_factory=dict)
+    failing: bool = False  # whether "failing" has to change
+    pause: float = 0.0  # until when nothing is written
+    busy: float = math.inf  # since when somebody else has been writing
+
+    def __bool__(self) -> bool:
+        return bool(self.delivered or self.listed or self.failed or self.failing)
 
 
 class Database:
-    """`database.json` as the loop needs it: `start` once, then `sync` each turn, `flush` at the end.
+    """`database.json` for the poller's loop: `start` once, then `sync` each turn, `flush` at the end.
 
-    The loop sets what came of the orders, `delivered` (task id to file name), `failed` (to HTTP
-    status and what GraFx said) and `failing` (what has to stand under "failing"); the file is made
-    to say so. An order that was delivered goes on the list first, and leaves the file then.
+    `delivered`, `failed`, `rejected` and `pending` say what became of an order; the next `sync` writes it.
+    An order that was delivered is listed first, and leaves the file then. A problem is logged once,
+    and once when it is over; meanwhile nothing is lost or forgotten.
     """
 
     def __init__(self, path: Path, once: bool = False) -> None:
-        self.path, self.watch, self.deliveries = path, Watch(path), Deliveries(path)
-        self.once = once  # then nobody looks for new orders
-        self.failing: dict[str, Fields] = {}
-        self.delivered: dict[str, str] = {}  # these two only until they are written
-        self.failed: Failures = {}
-        self._turn = _Turn()
-
-    @property
-    def problem(self) -> str:
-        """What is wrong with the file or the list just now."""
-        return next(iter(self._turn.problems.values()), "")
+        self.file, self.deliveries, self.once = File(path), Deliveries(path), once
+        self.failing: dict[str, Fields] = {}  # the records of rejected orders, as they have to be in the file
+        self.problem = ""  # what is wrong with the file or the list just now
+        self._unwritten = _Unwritten()
+        self._known: set[str] = set()  # the orders that the loop knows
+        self._look = 0.0  # when to look at the file again, in monotonic seconds
 
     def start(self) -> Store:
-        """Read the file and the list. Raises DatabaseError."""
-        store = self._shown(_patiently(self.watch.read, PATIENCE))
-        self.failing = {key: dict(record) for key, record in store.failing.items() if key in store.orders}
+        """Read the file and the list; `orders` of what it returns are the pending ones."""
+        self.deliveries.shorten()
+        store = _patiently(self.file.read, PATIENCE)
+        self.failing = {key: dict(record) for key, record in store.failing.items()}
+        self._compare(store)
         return store
 
-    def sync(self, soon: bool) -> Store | None:
-        """Write what came of the orders, and see what others changed; what is new, or None.
+    def delivered(self, task_id: str, file: str) -> None:
+        """Its file is whole on the disk, and ON_DONE has run."""
+        self._known.discard(task_id)
+        self.failing.pop(task_id, None)
+        self._unwritten.delivered[task_id] = file
 
-        soon: nothing else is under way, so what is to be written need not wait for more.
-        A problem is logged once, and once when it is over; meanwhile nothing is lost or forgotten.
+    def failed(self, task_id: str, status: int | None, error: str) -> None:
+        """It is not polled any more."""
+        self._known.discard(task_id)
+        self.failing.pop(task_id, None)
+        self._unwritten.failed[task_id] = (status, error)
+
+    def rejected(self, task_id: str, record: Fields) -> None:
+        """It is retried, and the record stands under "failing" meanwhile."""
+        self.failing[task_id], self._unwritten.failing = record, True
+
+    def pending(self, task_id: str) -> None:
+        """It is not rejected any more."""
+        if self.failing.pop(task_id, None) is not None:
+            self._unwritten.failing = True
+
+    def sync(self, idle: bool) -> tuple[dict[str, Fields], set[str]]:
+        """Write what is to be written, and look at what others changed: the new orders, and those gone.
+
+        idle: nothing else is under way, so what is to be written need not wait for more.
         """
-        turn, now, store = self._turn, time.monotonic(), None
-        look = now >= turn.look
+        now, store, unwritten = time.monotonic(), None, self._unwritten
+        look = now >= self._look
         if look:
-            turn.look = now + LOOK
-        if self.delivered and (look or "list" not in turn.problems):
-            self._note()
-        if now >= turn.write and (look or (soon and "database" not in turn.problems)) and self._unwritten():
-            store = self._tried(self._write)
-        # Where there is nothing to write any more, a problem with that is over once the file can be read.
-        needless = "database" in turn.problems and not self._unwritten()
-        if look and not store and not self.once and (self.watch.changed() or needless):
-            store = self._tried(lambda: self._shown(self.watch.read()))
-        return store
+            self._look = now + LOOK
+        if unwritten and now >= unwritten.pause and (look or (idle and not self.problem)):
+            store = self._try(self._save)
+        elif unwritten.delivered and (look or not self.problem):
+            self._try(self._list)
+        # A problem with a write that is not needed any more is over once the file can be read.
+        if look and not store and not self.once and (self.file.changed() or (self.problem and not unwritten)):
+            store = self._try(self._read)
+        return self._compare(store) if store else ({}, set())
 
     def flush(self) -> bool:
         """One last try to write everything; False where something is not written."""
-        deadline = time.monotonic() + (PATIENCE if self.once else 1.0)
-        if self.delivered:
-            self._note()
-        while self._unwritten() and not self._tried(self._write):
-            # A lock that another has is waited for; all else will not be mended so soon.
-            broken = "database" in self._turn.problems and self._turn.busy == math.inf
-            if broken or time.monotonic() >= deadline:
-                return False
-            time.sleep(0.05)
-        return not self.delivered
+        if self._unwritten:
+            try:
+                _patiently(self._save, PATIENCE if self.once else 1.0)
+            except DatabaseError as error:
+                self._report(str(error))
+        return not self._unwritten
 
-    def _note(self) -> None:
-        """Put deliveries on the list, all with one fsync; from then on they are safe."""
-        try:
-            self.deliveries.add(self.delivered)
-        except DatabaseError as error:
-            return self._complain("list", str(error))
-        self._complain("list", "")
-        self._turn.over |= self.delivered.keys()
-        self.delivered.clear()
-        self.deliveries.shorten()
-
-    def _unwritten(self) -> bool:
-        """Whether the file does not say yet what came of the orders."""
-        turn = self._turn
-        return bool(turn.over or self.failed) or self.failing != turn.failing
-
-    def _tried(self, step: Callable[[], Store]) -> Store | None:
-        turn = self._turn
+    def _try(self, step: Callable[[], Store | None]) -> Store | None:
+        """What `step` gives; None where it has to be tried again."""
+        store, problem, unwritten = None, "", self._unwritten
         try:
             store = step()
-            if not self._unwritten():
-                self._complain("database", "")
-            return store
-        except Busy as error:  # somebody writes, or waits for an editor: no problem yet
+        except Busy as error:
             now = time.monotonic()
-            turn.busy, turn.write = min(turn.busy, now), now + 0.2
-            if now >= turn.busy + PATIENCE and "database" not in turn.problems:
-                self._complain("database", str(error), logging.WARNING)
-        except HalfSaved:
-            pass
+            unwritten.busy, unwritten.pause = min(unwritten.busy, now), now + 0.2
+            if now < unwritten.busy + PATIENCE:  # no problem yet
+                return None
+            problem = str(error)
         except DatabaseError as error:
-            self._complain("database", str(error))
-        return None
+            problem = str(error)
+        if problem or not unwritten:
+            unwritten.busy = math.inf
+            self._report(problem)
+        return store
 
-    def _write(self) -> Store:
-        turn = self._turn
-        with lock(self.path, "lock", 0.2):
-            turn.busy, begun = math.inf, time.monotonic()
-            try:
-                store, _ = _rewrite(self.watch, self._settle, 0)
-            finally:
-                turn.write = begun + SHARE * (time.monotonic() - begun)
-        self.failed.clear()
-        return self._shown(store)
+    def _report(self, problem: str) -> None:
+        if problem and problem != self.problem:
+            log.error("%s", problem)
+        elif self.problem and not problem:
+            log.info("recovered: %s", self.problem)
+        self.problem = problem
 
-    def _settle(self, store: Store) -> bool:
-        """Let the file say what came of the orders; whether that changed it."""
-        changed = _end(store, self._over(store), self.failed)
+    def _read(self) -> Store | None:
+        try:
+            return self.file.read()
+        except DatabaseError:
+            if self._unwritten:  # the write says what is wrong, or there would be two problems by turns
+                return None
+            raise
+
+    def _list(self) -> None:
+        """List deliveries, all with one fsync; from then on they are safe."""
+        if self._unwritten.delivered:
+            self.deliveries.add(self._unwritten.delivered)
+        self._unwritten.listed |= self._unwritten.delivered.keys()
+        self._unwritten.delivered.clear()
+
+    def _save(self) -> Store:
+        """List deliveries, then let the file say what became of the orders."""
+        self._list()
+        unwritten, begun = self._unwritten, time.monotonic()
+        try:
+            store = change(self.file, self._edit, 0.2)
+        finally:
+            unwritten.pause = time.monotonic() + (SHARE - 1) * (time.monotonic() - begun)
+        unwritten.listed.clear()
+        unwritten.failed.clear()
+        unwritten.failing = False
+        return store
+
+    def _edit(self, store: Store) -> None:
+        store.take(self._listed_in(store))
+        store.fail(self._unwritten.failed)
         self.failing = {key: record for key, record in self.failing.items() if key in store.orders}
-        return _set_failing(store, self.failing) or changed
+        store.set_failing(self.failing)
 
-    def _over(self, store: Store) -> set[str]:
-        """The orders of the file that are delivered; says which of them somebody brought back.
+    def _listed_in(self, store: Store) -> set[str]:
+        """The orders of the file that are delivered; says which of them somebody added again.
 
         The list is read after the file: `retry` writes to the list first, so that what it puts into
         the file is never taken out again for an older line.
         """
         self.deliveries.refresh()
-        over = store.orders.keys() & self.deliveries.ids
-        back, self._turn.over = over - self._turn.over, over
-        if back:
-            what = f"{len(back)} orders that had been delivered were"
-            if len(back) == 1:
-                what = f"{back.pop()} had been delivered and was"
-            log.warning("%s brought back, by hand or by a store; taken out", what)
-        return over
+        listed = store.orders.keys() & self.deliveries.ids
+        again, self._unwritten.listed = listed - self._unwritten.listed, listed
+        if again:
+            what = f"{len(again)} orders were" if len(again) > 1 else f"{again.pop()} was"
+            log.warning("%s re-added although delivered; removed again", what)
+        return listed
 
-    def _shown(self, store: Store) -> Store:
-        """Remember what the file has; returns it without what has ended, which is not the loop's business."""
-        over, self._turn.failing = self._over(store), store.failing
-        for task_id in (over | self.delivered.keys() | self.failed.keys()) & store.orders.keys():
+    def _compare(self, store: Store) -> tuple[dict[str, Fields], set[str]]:
+        """The orders that are new to the loop, and those that are gone; `store` loses the ended ones."""
+        ended = self._listed_in(store) | self._unwritten.delivered.keys() | self._unwritten.failed.keys()
+        for task_id in ended & store.orders.keys():
             del store.orders[task_id]
-        return store
-
-    def _complain(self, what: str, problem: str, level: int = logging.ERROR) -> None:
-        """Log a problem once, and once that it is over."""
-        before = self._turn.problems.pop(what, "")
-        if problem:
-            self._turn.problems[what] = problem
-        if before and before != problem:
-            log.info("over: %s", before)
-        if problem and before != problem:
-            log.log(level, "%s", problem)
+        new = {task_id: fields for task_id, fields in store.orders.items() if task_id not in self._known}
+        gone, self._known = self._known - store.orders.keys(), set(store.orders)
+        self.failing = {key: record for key, record in self.failing.items() if key in store.orders}
+        self._unwritten.failing = self.failing != store.failing  # others may have changed it
+        for entry in store.strange:
+            warn_once(f"no task id, left alone in the database: {entry}")
+        return new, gone
 
 
 # --- what other programs call ----------------------------------------------------------------
@@ -802,135 +789,129 @@ def _real(path: Path | None) -> Path:
     return Path(os.path.realpath(path))  # a symbolic link stays one
 
 
+def _change(path: Path, edit: Callable[[Store], None]) -> None:
+    file = File(path)
+    _patiently(lambda: change(file, edit, PATIENCE), PATIENCE)
+
+
 def get_orders(path: Path | None = None) -> dict[str, Fields]:
-    """The waiting orders: task id to its fields (`projectID`, `added`, …)."""
+    """The pending orders: task id to its fields (`projectID`, `added`, …)."""
     return read(_real(path)).orders
 
 
 def add_order(task_id: str, project_id: str | None = None, path: Path | None = None) -> bool:
-    """Let an order wait; when this returns it is on the disk. False where it waits or was delivered.
+    """Add an order; when this returns it is on the disk. False where it is pending or was delivered.
 
-    Raises ValueError for what is no task id, and for a project id that is no string.
+    Raises ValueError for what is not a task id, and for a project id that is not a string.
     """
     if not is_task_id(task_id):
-        raise ValueError(f"{task_id!r} is no task id: letters, digits, '.', '_' and '-', at most 128")
+        raise ValueError(f"{task_id!r} is not a task id: letters, digits, '.', '_' and '-', at most 128")
     if not isinstance(project_id, (str, type(None))):
-        raise ValueError(f"the project id {project_id!r} is no string")
-    path = _real(path)
+        raise ValueError(f"the project id {project_id!r} is not a string")
+    path, new = _real(path), False
 
-    def edit(store: Store) -> bool:
-        if task_id in store.orders or Deliveries(path).last(task_id):
-            return False
-        _put(store, task_id, {"projectID": project_id} if project_id else {}, new=True)
-        return True
+    def edit(store: Store) -> None:
+        nonlocal new
+        new = task_id not in store.orders and not Deliveries(path).has(task_id)
+        if new:
+            store.put(task_id, {"projectID": project_id} if project_id else {}, new=True)
 
-    return _change(path, edit)
+    _change(path, edit)
+    return new
 
 
 def remove_order(task_id: str, path: Path | None = None) -> None:
-    """Take an order out, where it still waits."""
-    _change(_real(path), lambda store: _end(store, [task_id], {}))
+    """Remove an order, where it is pending."""
+    _change(_real(path), lambda store: store.take([task_id]))
 
 
 def retry_orders(
-    task_id: str | None = None,
-    path: Path | None = None,
-    since: datetime | None = None,
-    status: int | None = None,
+    task_id: str | None = None, path: Path | None = None, since: datetime | None = None
 ) -> list[str]:
-    """Let an order wait again that failed or was delivered, or (None) all that failed; returns which.
+    """Make an order pending again that failed or was delivered, or (None) all that failed; returns which.
 
-    since, status: only those that failed since then, or with that HTTP status.
+    since: only those that failed since then.
     """
     path, moved = _real(path), list[str]()
 
-    def edit(store: Store) -> bool:
-        deliveries, failed = Deliveries(path), store.failed
+    def edit(store: Store) -> None:
+        failed, deliveries = store.failed, Deliveries(path)
         deliveries.refresh()
         named = [key for key in failed if is_task_id(key) and task_id in (None, key)]
-        moved[:] = [key for key in named if _matches(failed[key], since, status)]
-        if not named and task_id and task_id in deliveries.ids:
-            moved.append(task_id)
+        moved[:] = [key for key in named if since is None or _failed_at(failed[key]) >= since]
+        if not named and task_id in deliveries.ids:
+            moved.append(str(task_id))
         if again := {key: "-" for key in moved if key in deliveries.ids}:
-            deliveries.add(again)  # before it waits, or the poller would take it out
+            deliveries.add(again)  # before it is pending, or the poller would remove it
         for key in moved:
             if key in failed:
-                _revive(store, key)
+                store.retry(key)
             elif key not in store.orders:
-                _put(store, key, {}, new=True)
-        return bool(moved)  # also where it waits already: the running poller notices by that
+                store.put(key, {}, new=True)
+            store.changed = True  # also where it is pending already: so the running poller notices
 
     _change(path, edit)
     return moved
 
 
-def _matches(record: Fields, since: datetime | None, status: int | None) -> bool:
-    try:
-        late = since is None or utc(str(record.get("failed"))) >= since
-    except ValueError:  # typed by somebody
-        late = False
-    return late and status in (None, record.get("status"))
-
-
-def utc(text: str) -> datetime:
-    """A time of ISO 8601; without a zone it is UTC. Raises ValueError."""
-    when = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    return when if when.tzinfo else when.replace(tzinfo=timezone.utc)
+def _failed_at(record: Fields) -> datetime:
+    with contextlib.suppress(ValueError):  # typed by somebody
+        return utc(str(record.get("failed")))
+    return datetime.min.replace(tzinfo=timezone.utc)
 
 
 # --- python db.py ----------------------------------------------------------------------------
 
 
-def _cell(value: object) -> str:
-    return " ".join(str(value).split()) if isinstance(value, (str, int)) else ""
-
-
 def _show(name: str, orders: dict[str, Fields], *keys: str) -> None:
     print(f"{len(orders)} {name}")
     if orders:
-        rows = [[task_id, *(_cell(fields.get(key)) for key in keys)] for task_id, fields in orders.items()]
-        rows.insert(0, ["order", *keys])
+        rows = [["order", *keys]]
+        for task_id, fields in orders.items():
+            rows.append([task_id, *(_on_one_line(fields.get(key, "")) for key in keys)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         print(*("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows), "", sep="\n")
 
 
+def _on_one_line(value: object) -> str:
+    return " ".join(str(value).split())
+
+
 def _list(path: Path) -> None:
-    store, deliveries = read(path), Deliveries(path)
-    deliveries.refresh()
-    waiting = {key: fields for key, fields in store.orders.items() if key not in deliveries.ids}
-    refused = {key: waiting.pop(key) | record for key, record in store.failing.items() if key in waiting}
+    store, delivered = read(path), Deliveries(path).all()
+    pending = {key: fields for key, fields in store.orders.items() if key not in delivered}
+    failing = {key: pending.pop(key) | record for key, record in store.failing.items() if key in pending}
     print(path)
-    _show("waiting", waiting, "projectID", "added")
-    _show("failing", refused, "projectID", "since", "status", "error")
+    _show("pending", pending, "projectID", "added")
+    _show("failing", failing, "projectID", "since", "status", "error")
     _show("failed", store.failed, "projectID", "failed", "status", "error")
     with contextlib.suppress(OSError):
-        if note := _beside(path, "pid").read_text().partition(" ")[2].strip():
-            print(f"the poller said last: {note}")
+        if said := beside(path, "pid").read_text().partition(" ")[2].strip():
+            print(f"the poller says: {said}")
     for item in store.strange:
-        print(f"no order, left alone: {' '.join(item.split())}")
-    count, last = deliveries.since(datetime.now(timezone.utc) - timedelta(days=1))
-    print(f"{count} delivered in the last 24 hours, the last: {last or 'none yet'}")
+        print(f"not an order, left alone: {_on_one_line(item)}")
+    first = stamp(datetime.now(timezone.utc) - timedelta(days=1))
+    count = sum(when >= first for when, _ in delivered.values())
+    print(f"{count} delivered in the last 24 hours")
+    for task_id, (when, name) in [*delivered.items()][-1:]:
+        print(f"last delivery: {when} {task_id} {name}")
 
 
-def _run(given: argparse.Namespace, path: Path) -> None:
-    if given.command == "list":
-        return _list(path)
-    task_id = given.task_id
-    if given.command == "add":
-        if add_order(task_id, given.project, path):
-            print(f"{task_id} waits now, in {path}")
-        elif delivered := Deliveries(path).last(task_id):
-            again = f"To have it again: python db.py retry {task_id}"
-            raise ValueError(f"{task_id} was delivered at {delivered[0]}, as {delivered[1]}. {again}")
-        else:
-            print(f"{task_id} waited already, in {path}")
+def _add(task_id: str, project_id: str | None, path: Path) -> None:
+    if add_order(task_id, project_id, path):
+        print(f"{task_id} is pending now, in {path}")
+    elif delivered := Deliveries(path).all().get(task_id):
+        again = f"To deliver it again: python db.py retry {task_id}"
+        raise ValueError(f"{task_id} was delivered at {delivered[0]}, as {delivered[1]}. {again}")
     else:
-        moved = retry_orders(task_id, path, given.since, given.status)
-        if task_id is not None and not moved:
-            raise ValueError(
-                f"{task_id} has neither failed nor been delivered; python db.py list shows what has"
-            )
-        print(f"{len(moved)} order{'s' * (len(moved) != 1)} will be asked about again")
+        print(f"{task_id} was pending already, in {path}")
+
+
+def _retry(task_id: str | None, since: datetime | None, path: Path) -> None:
+    moved = retry_orders(task_id, path, since)
+    if task_id is not None and not moved:
+        raise ValueError(f"{task_id} has neither failed nor been delivered; python db.py list shows what has")
+    print(f"{len(moved)} order{'s' * (len(moved) != 1)} will be polled again")
 
 
 def open_streams() -> None:
@@ -951,24 +932,26 @@ def main() -> int:
     open_streams()
     parser = argparse.ArgumentParser(prog="db.py", description="See and change the orders in database.json.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="show what waits, what GraFx refuses, what has failed or was delivered")
+    commands.add_parser("list", help="show which orders are pending, rejected, failed, or were delivered")
     add = commands.add_parser("add", help="let the poller fetch a task's file")
-    add.add_argument("task_id", metavar="TASK_ID", help="what GraFx answered as data.taskId")
+    add.add_argument("task_id", metavar="TASK_ID", help="data.taskId of GraFx's answer")
     add.add_argument("--project", metavar="ID", help="kept with the order as projectID")
-    retry = commands.add_parser("retry", help="ask about failed orders again, or deliver one again")
-    retry.add_argument("task_id", metavar="TASK_ID", nargs="?", help="one that failed or was delivered")
-    retry.add_argument("--all", action="store_true", help="all that failed")
-    retry.add_argument("--since", metavar="UTC", type=utc, help="failed since then, say 2026-01-31T12:00:00Z")
-    retry.add_argument("--status", metavar="N", type=int, help="failed with this HTTP status")
+    retry = commands.add_parser("retry", help="poll failed orders again, or deliver one again")
+    what = retry.add_mutually_exclusive_group(required=True)
+    what.add_argument("task_id", metavar="TASK_ID", nargs="?", help="one that failed or was delivered")
+    what.add_argument("--all", action="store_true", help="all that failed")
+    what.add_argument("--since", metavar="UTC", type=utc, help="failed since then, say 2026-01-31T12:00:00Z")
     given = parser.parse_args()
-    if given.command == "retry":
-        some = given.since is not None or given.status is not None
-        if (given.task_id is not None) + given.all + some != 1:
-            retry.error("give one of: TASK_ID, --all, or --since and --status")
     for name in (signal.SIGPIPE, signal.SIGINT):  # `db.py list | head` and Ctrl-C are no errors
         signal.signal(name, signal.SIG_DFL)
     try:
-        _run(given, _real(None))
+        path = _real(None)
+        if given.command == "list":
+            _list(path)
+        elif given.command == "add":
+            _add(given.task_id, given.project, path)
+        else:
+            _retry(given.task_id, given.since, path)
         sys.stdout.flush()
     except (DatabaseError, ValueError, OSError) as error:
         print(f"db.py: {error}", file=sys.stderr)

@@ -85,9 +85,14 @@ def eventually(true: Callable[[], Any], what: str = "", patience: float = PATIEN
         time.sleep(0.02)
 
 
-def end_orders(delivered: list[str], failed: db.Failures, path: Path) -> None:
+def end_orders(delivered: list[str], failed: dict[str, tuple[int | None, str]], path: Path) -> None:
     """What the poller does with orders that have ended, but for the list of deliveries."""
-    db._change(path, lambda store: db._end(store, delivered, failed))
+
+    def edit(store: db.Store) -> None:
+        store.take(delivered)
+        store.fail(failed)
+
+    db._change(path, edit)
 
 
 class Home:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from conftest import ROOT, eventually
 
 import db
 
-REFUSED = {"status": 500, "error": "No such item", "since": "2026-01-01T00:00:00Z", "times": 1}
+REJECTED = {"status": 500, "error": "No such item", "since": "2026-01-01T00:00:00Z", "times": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +40,72 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+class Loop:
+    """What the poller's loop does with a Database, and the orders that it knows."""
+
+    def __init__(self, path: Path, once: bool = False) -> None:
+        self.database = db.Database(path, once)
+        self.orders = self.database.start().orders
+
+    def turn(self, idle: bool = True) -> bool:
+        """Whether there was something new."""
+        new, gone = self.database.sync(idle)
+        assert not new.keys() & self.orders.keys()
+        assert gone <= self.orders.keys()
+        self.orders |= new
+        for task_id in gone:
+            del self.orders[task_id]
+        return bool(new or gone)
+
+    def turns(self, seconds: float, idle: bool = True) -> bool:
+        end, heard = time.monotonic() + seconds, False
+        while time.monotonic() < end:
+            heard |= self.turn(idle)
+            time.sleep(0.01)
+        return heard
+
+    def too_soon(self) -> bool:
+        """Turn while SAVING cannot be over, however slow the machine is."""
+        saving, db.SAVING = db.SAVING, 600.0
+        try:
+            return self.turns(saving / 2)
+        finally:
+            db.SAVING = saving
+
+    def until(self, true: Callable[[], Any]) -> None:
+        """Turn until it is true."""
+
+        def turn() -> bool:
+            self.turn()
+            return bool(true())
+
+        eventually(turn, "what the loop knows or the file says", 10)
+
+    def deliver(self, *task_ids: str, name: str = "x.png") -> None:
+        for task_id in task_ids:
+            self.orders.pop(task_id, None)
+            self.database.delivered(task_id, name)
+
+    def fail(self, task_id: str) -> None:
+        self.orders.pop(task_id, None)
+        self.database.failed(task_id, 500, "No such item")
+
+    @property
+    def file(self) -> Any:
+        return json.loads(self.database.file.path.read_text())
+
+    @property
+    def pending(self) -> list[str]:
+        """In the file."""
+        return list(self.file["orders"])
+
+
 @pytest.fixture
-def database(path: Path, caplog: pytest.LogCaptureFixture) -> db.Database:
-    database = db.Database(path)
-    assert list(database.start().orders) == ["a", "b", "c"]
+def loop(path: Path, caplog: pytest.LogCaptureFixture) -> Loop:
+    loop = Loop(path)
+    assert list(loop.orders) == ["a", "b", "c"]
     caplog.clear()
-    return database
+    return loop
 
 
 def save(path: Path, data: Any) -> None:
@@ -52,39 +113,6 @@ def save(path: Path, data: Any) -> None:
     temp = path.with_name("edited")
     temp.write_text(data if isinstance(data, str) else json.dumps(data))
     temp.replace(path)
-
-
-def content(database: db.Database) -> Any:
-    return json.loads(database.path.read_text())
-
-
-def turns(database: db.Database, seconds: float, soon: bool = True) -> db.Store | None:
-    """Let the loop turn for a while; the last that it was told."""
-    last, end = None, time.monotonic() + seconds
-    while time.monotonic() < end:
-        last = database.sync(soon) or last
-        time.sleep(0.01)
-    return last
-
-
-def too_soon(database: db.Database) -> db.Store | None:
-    """Let the loop turn while SAVING cannot be over, however slow the machine is."""
-    saving, db.SAVING = db.SAVING, 600.0
-    try:
-        return turns(database, saving / 2)
-    finally:
-        db.SAVING = saving
-
-
-def told(database: db.Database, right: Callable[[db.Store], Any]) -> db.Store:
-    """Let the loop turn until it is told what is right."""
-
-    def turn() -> db.Store | None:
-        store = database.sync(True)
-        return store if store and right(store) else None
-
-    store: db.Store = eventually(turn, "what the loop is told", 10)
-    return store
 
 
 def said(caplog: pytest.LogCaptureFixture, least: int = logging.WARNING) -> list[tuple[str, str]]:
@@ -102,378 +130,371 @@ def process(code: str, *arguments: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-# --- what came of the orders -----------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------
 
 
-def test_outcomes_are_written_at_once_or_with_the_next_look(
-    database: db.Database, monkeypatch: pytest.MonkeyPatch
+def test_results_are_written_at_once_or_with_the_next_look(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(db, "LOOK", 3.0)
-    database.sync(True)
-    database.delivered["a"] = "a.png"
-    store = database.sync(True)
-    assert store and list(store.orders) == list(content(database)["orders"]) == ["b", "c"]
-    assert not database.watch.changed()
-    assert database.sync(True) is None  # what it wrote itself is no news
+    loop.turn()
+    loop.deliver("a")
+    assert not loop.turn()  # what it wrote itself is no news
+    assert list(loop.orders) == loop.pending == ["b", "c"]
+    assert not loop.database.file.changed()
 
-    database.failed["b"], database.delivered["c"] = (500, "No such item"), "c.png"
+    loop.fail("b")
+    loop.deliver("c")
     time.sleep(0.1)  # after the pause that a write is followed by
-    assert database.sync(False) is None
-    assert list(content(database)["orders"]) == ["b", "c"]
-    assert "c" in database.deliveries.ids  # that at once
-    eventually(lambda: database.sync(False))
-    assert (database.delivered, database.failed) == ({}, {})
-    data = content(database)
-    assert data["orders"] == {}
-    assert data["failed"]["b"].items() >= {"projectID": "p", "status": 500, "error": "No such item"}.items()
+    assert not loop.turn(idle=False)
+    assert loop.pending == ["b", "c"]
+    assert "c" in loop.database.deliveries.ids  # that at once
+    eventually(lambda: loop.turn(idle=False) or not loop.pending)
+    record = {"projectID": "p", "status": 500, "error": "No such item"}
+    assert loop.file["failed"]["b"].items() >= record.items()
+    assert list(loop.file["failed"]) == ["b"]
+    assert loop.database.flush()
 
 
 def test_a_delivery_is_on_the_disk_before_its_order_leaves(
-    database: db.Database, monkeypatch: pytest.MonkeyPatch
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, steps = os.fsync, list[tuple[str, bool, bool]]()
+    real, steps, listed = os.fsync, list[tuple[str, bool, bool]](), loop.database.deliveries.path
 
     def fsync(fd: int) -> None:
         real(fd)
         file = Path(f"/proc/self/fd/{fd}").readlink() if sys.platform == "linux" else Path()
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
-            listed = database.deliveries.path.exists() and "a a.png\n" in database.deliveries.path.read_text()
-            steps.append((file.name, listed, "a" in content(database)["orders"]))
+            there = listed.exists() and "a x.png\n" in listed.read_text()
+            steps.append((file.name, there, "a" in loop.pending))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    database.delivered["a"] = "a.png"
-    database.sync(True)
+    loop.deliver("a")
+    loop.turn()
     assert [step[1:] for step in steps] == [(True, True), (True, True)]
     if sys.platform == "linux":
         assert [step[0] for step in steps] == [".database.json.delivered", ".database.json.tmp"]
-    assert list(content(database)["orders"]) == ["b", "c"]
+    assert loop.pending == ["b", "c"]
 
 
 def test_killed_in_between_it_is_known_as_delivered(path: Path) -> None:
     code = (
         "database = db.Database(pathlib.Path(sys.argv[1])); database.start(); database.sync(True); "
-        "database.delivered['a'] = 'a.png'; database._turn.write = 1e9; database.sync(True); "
-        "print('listed', flush=True); time.sleep(60)"
+        "database.delivered('a', 'a.png'); db.change = lambda *_: os.kill(os.getpid(), 9); "
+        "database.sync(True)"
     )
-    killed = process(code, path)
-    assert killed.stdout and killed.stdout.readline() == "listed\n"
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    assert process(code, path).wait() == -signal.SIGKILL
     assert "a" in json.loads(path.read_text())["orders"]
-    database = db.Database(path)
-    assert list(database.start().orders) == ["b", "c"]
-    database.sync(True)
-    assert list(content(database)["orders"]) == ["b", "c"]
+    loop = Loop(path)
+    assert list(loop.orders) == ["b", "c"]
+    loop.turn()
+    assert loop.pending == ["b", "c"]
 
 
-def test_a_list_that_cannot_be_written_keeps_the_order_and_stops_nothing_else(
-    database: db.Database, caplog: pytest.LogCaptureFixture
+def test_a_list_that_cannot_be_written_keeps_its_orders_and_stops_nothing_else(
+    loop: Loop, caplog: pytest.LogCaptureFixture
 ) -> None:
+    database, path = loop.database, loop.database.file.path
     database.deliveries.path.mkdir()
-    database.delivered["a"], database.failed["b"] = "a.png", (500, "no")
-    store = told(database, lambda store: True)
-    assert list(store.orders) == ["c"]  # it is not asked about again, though
-    assert list(content(database)["orders"]) == ["a", "c"]
-    db.add_order("new", path=database.path)
-    assert list(told(database, lambda store: "new" in store.orders).orders) == ["c", "new"]
-    turns(database, 0.5)
-    assert str(database.deliveries.path) in database.problem
+    loop.deliver("a")
+    loop.fail("b")
+    loop.turns(0.5)
+    assert loop.pending == ["a", "b", "c"]
+    assert list(loop.orders) == ["c"]  # the others are not polled again, though
+    db.add_order("new", path=path)
+    loop.until(lambda: list(loop.orders) == ["c", "new"])
+    problem = database.problem
+    assert str(database.deliveries.path) in problem
+    whole = path.read_text()
+    path.write_text("broken")  # another problem besides: they are not said by turns
+    loop.turns(2 * db.SAVING)
+    path.write_text(whole)
+    loop.turns(0.5)
+    assert database.problem == problem
     assert sorted(level for level, _ in said(caplog)) == ["ERROR", "WARNING"]  # nor can it be read
     assert not database.flush()
     database.deliveries.path.rmdir()
-    told(database, lambda store: "a" not in content(database)["orders"])
+    loop.until(lambda: loop.pending == ["c", "new"])
+    assert "b" in loop.file["failed"]
     assert database.problem == ""
     assert "a" in database.deliveries.ids
-    assert [line for line in said(caplog, logging.INFO) if line[1].startswith("over: ")]
+    assert said(caplog, logging.INFO) == [("INFO", f"recovered: {problem}")]
     assert database.flush()
 
 
-def test_writing_takes_a_small_part_of_the_time(database: db.Database) -> None:
+def test_writing_takes_a_small_part_of_the_time(loop: Loop) -> None:
+    path = loop.database.file.path
     orders = {f"t{number}": {"projectID": "p" * 40} for number in range(20_000)}
-    save(database.path, {"orders": orders, "failed": {}})
-    told(database, lambda store: len(store.orders) == 20_000)
-    turns(database, 0.1)
-    begun, used, writes, seen = time.monotonic(), time.process_time(), 0, db.version(database.path)
+    save(path, {"orders": orders, "failed": {}})
+    loop.until(lambda: len(loop.orders) == 20_000)
+    loop.turns(0.1)
+    begun, used, writes, seen = time.monotonic(), time.process_time(), 0, db.version(path)
     number = 0
     while number < 400 or writes < 2:  # where the disk is slow, the second one comes later
         if number < 400:
-            database.delivered[f"t{number}"] = "x.png"
+            loop.deliver(f"t{number}")
         assert number < 10_000
         number += 1
-        database.sync(True)
-        writes, seen = writes + (seen != db.version(database.path)), db.version(database.path)
+        loop.turn()
+        writes, seen = writes + (seen != db.version(path)), db.version(path)
         time.sleep(0.01)
     part = (time.process_time() - used) / (time.monotonic() - begun)
     assert writes <= 8
     assert part < 0.15  # 0.05 for writing, the rest for the list, and the first write is free
-    assert database.flush()
-    assert len(content(database)["orders"]) == 19_600
+    assert loop.database.flush()
+    assert len(loop.pending) == 19_600
 
 
-def test_nothing_to_do_costs_nothing(database: db.Database) -> None:
-    database.failing["a"] = dict(REFUSED)
-    turns(database, 0.5)
+def test_nothing_to_do_costs_nothing(loop: Loop) -> None:
+    loop.database.rejected("a", dict(REJECTED))
+    loop.turns(0.5)
     used = time.process_time()
     for _ in range(10_000):
-        assert database.sync(True) is None
+        assert not loop.turn()
     assert time.process_time() - used < 0.3
 
 
-# --- failing ---------------------------------------------------------------------------------
+# --- rejected --------------------------------------------------------------------------------
 
 
-def test_what_is_refused_stands_under_failing_as_long_as_it_waits(database: db.Database) -> None:
-    database.failing = {"a": dict(REFUSED), "b": dict(REFUSED), "gone": dict(REFUSED)}
-    database.sync(True)
-    assert content(database)["failing"] == {"a": REFUSED, "b": REFUSED}
-    assert list(content(database)["orders"]) == ["a", "b", "c"]
-    database.failing["a"] |= {"error": "Another", "times": 2}
-    told(database, lambda store: store.failing["a"]["error"] == "Another")
-    assert content(database)["failing"]["a"] == {**REFUSED, "error": "Another", "times": 2}
-    # It ends as it may: by a delivery, as failed, by hand, or since GraFx thought better of it.
-    database.delivered["a"] = "a.png"
-    store = told(database, lambda store: "a" not in store.orders)
-    assert store.failing == {"b": REFUSED}
-    database.failed["b"] = (500, "No such item")
-    database.failing["c"] = dict(REFUSED)
-    told(database, lambda store: "b" not in store.orders)
-    assert content(database)["failing"] == {"c": REFUSED}
-    assert database.failing == {"c": REFUSED}  # of orders that wait no more it is forgotten
-    del database.failing["c"]
-    told(database, lambda store: "failing" not in store.data)
-    assert "failing" not in content(database)
+def test_what_is_rejected_stands_under_failing_as_long_as_it_is_pending(loop: Loop) -> None:
+    database = loop.database
+    for task_id in ("a", "b", "gone"):
+        database.rejected(task_id, dict(REJECTED))
+    loop.turn()
+    assert loop.file["failing"] == {"a": REJECTED, "b": REJECTED}
+    assert loop.pending == ["a", "b", "c"]
+    another = {**REJECTED, "error": "Another", "times": 2}
+    database.rejected("a", another)
+    loop.until(lambda: loop.file["failing"]["a"] == another)
+    # It ends as it may: by a delivery, as failed, by hand, or since GraFx accepts it.
+    loop.deliver("a")
+    loop.until(lambda: loop.file["failing"] == {"b": REJECTED})
+    loop.fail("b")
+    database.rejected("c", dict(REJECTED))
+    loop.until(lambda: loop.file["failing"] == {"c": REJECTED})
+    assert database.failing == {"c": REJECTED}  # of orders that are not pending any more it is forgotten
+    database.pending("c")
+    loop.until(lambda: "failing" not in loop.file)
+    database.rejected("c", dict(REJECTED))
+    loop.until(lambda: "failing" in loop.file)
+    db.remove_order("c", loop.database.file.path)
+    loop.until(lambda: not loop.orders)
+    assert database.failing == {}  # or it would fail at once where it is added again
 
 
-def test_what_others_do_to_failing_is_mended(database: db.Database) -> None:
-    database.failing = {"a": dict(REFUSED), "b": dict(REFUSED)}
-    told(database, lambda store: store.failing)
-    data = content(database)
-    data["failing"] = {"note": "mine", "c": dict(REFUSED), "a": dict(REFUSED)}
+def test_what_others_do_to_failing_is_mended(loop: Loop) -> None:
+    for task_id in ("a", "b"):
+        loop.database.rejected(task_id, dict(REJECTED))
+    loop.until(lambda: "failing" in loop.file)
+    data = loop.file
+    data["failing"] = {"note": "mine", "c": dict(REJECTED), "a": dict(REJECTED)}
     del data["orders"]["a"]
-    save(database.path, data)
-    told(database, lambda store: store.failing == {"b": REFUSED})
-    assert content(database)["failing"] == {"note": "mine", "b": REFUSED}
-    assert list(content(database)["orders"]) == ["b", "c"]
+    save(loop.database.file.path, data)
+    loop.until(lambda: loop.file["failing"] == {"note": "mine", "b": REJECTED})
+    assert loop.pending == ["b", "c"]
 
 
 @pytest.mark.parametrize("once", [False, True])
-def test_refusals_count_on_after_a_restart(path: Path, once: bool) -> None:
-    save(path, {"orders": ["a", "b"], "failing": {"a": REFUSED, "gone": REFUSED, "b": "typed"}})
-    database = db.Database(path, once)
-    database.start()
-    assert database.failing == {"a": REFUSED}
-    database.failing["a"]["times"] += 1
-    assert database.flush()
-    assert content(database)["failing"] == {"b": "typed", "a": {**REFUSED, "times": 2}}
+def test_rejections_count_on_after_a_restart(path: Path, once: bool) -> None:
+    save(path, {"orders": ["a", "b"], "failing": {"a": REJECTED, "gone": REJECTED, "b": "typed"}})
+    loop = Loop(path, once)
+    assert loop.database.failing == {"a": REJECTED}
+    loop.database.rejected("a", {**REJECTED, "times": 2})
+    assert loop.database.flush()
+    assert loop.file["failing"] == {"b": "typed", "a": {**REJECTED, "times": 2}}
 
 
-# --- orders that somebody brings back --------------------------------------------------------
+# --- orders that somebody adds again ---------------------------------------------------------
 
 
-def test_what_was_delivered_is_taken_out_whoever_brings_it_back(
-    database: db.Database, caplog: pytest.LogCaptureFixture
+def test_what_was_delivered_is_removed_whoever_adds_it_again(
+    loop: Loop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = content(database)
-    database.delivered["a"] = "a.png"
-    told(database, lambda store: "a" not in store.orders)
+    before, path = loop.file, loop.database.file.path
+    loop.deliver("a")
+    loop.until(lambda: loop.pending == ["b", "c"])
     for _ in range(3):
-        save(database.path, before)
-        store = told(database, lambda store: True)
-        assert list(store.orders) == ["b", "c"]
-        eventually(lambda: database.sync(True) or "a" not in content(database)["orders"])
-        assert [line for _, line in said(caplog)] == [
-            "a had been delivered and was brought back, by hand or by a store; taken out"
-        ]
+        save(path, before)
+        loop.until(lambda: loop.pending == ["b", "c"])
+        assert list(loop.orders) == ["b", "c"]
+        assert [line for _, line in said(caplog)] == ["a was re-added although delivered; removed again"]
     many: dict[str, Any] = {f"t{number}": {} for number in range(500)}
-    save(database.path, {"orders": many})
-    told(database, lambda store: len(store.orders) == 500)
-    database.delivered = dict.fromkeys(many, "x.png")
-    told(database, lambda store: content(database)["orders"] == {})
+    save(path, {"orders": many})
+    loop.until(lambda: len(loop.orders) == 500)
+    loop.deliver(*many)
+    loop.until(lambda: not loop.pending)
     assert said(caplog) == []
-    save(database.path, {"orders": many | {"new": {}}})
-    eventually(lambda: database.sync(True) or list(content(database)["orders"]) == ["new"])
+    save(path, {"orders": many | {"new": {}}})
+    loop.until(lambda: loop.pending == list(loop.orders) == ["new"])
     assert [line for _, line in said(caplog)] == [
-        "500 orders that had been delivered were brought back, by hand or by a store; taken out"
+        "500 orders were re-added although delivered; removed again"
     ]
-    save(database.path, before | {"orders": {**before["orders"], **many}})
-    again = db.Database(database.path)
-    assert list(again.start().orders) == ["b", "c"]
-    assert again.flush()
-    assert list(content(again)["orders"]) == ["b", "c"]
+    save(path, before | {"orders": {**before["orders"], **many}})
+    again = Loop(path)
+    assert list(again.orders) == ["b", "c"]
+    assert again.database.flush()
+    assert again.pending == ["b", "c"]
 
 
 @pytest.mark.parametrize("written", [True, False])
-def test_an_order_to_be_had_again_is_not_taken_out(
-    database: db.Database, written: bool, caplog: pytest.LogCaptureFixture
+def test_an_order_to_be_delivered_again_is_not_removed(
+    loop: Loop, written: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also while what came of it the first time is on the list, but the order still stands in the file."""
-    database._turn.write = 0.0 if written else time.monotonic() + 1
-    database.delivered["a"] = "a.png"
-    database.sync(True)
-    assert ("a" in content(database)["orders"]) != written
-    assert db.retry_orders("a", database.path) == ["a"]
-    store = told(database, lambda store: "a" in store.orders)
-    assert (store.orders["a"] == {"projectID": "p"}) != written
-    database._turn.write = 0.0
-    turns(database, 0.5)
-    assert "a" in content(database)["orders"]
+    """Also while its first delivery is on the list, but the order still stands in the file."""
+    path = loop.database.file.path
+    with contextlib.nullcontext() if written else db.lock(path, "lock", 0):
+        loop.deliver("a")
+        loop.turn()
+        assert ("a" in loop.pending) != written
+        caplog.clear()
+    assert db.retry_orders("a", path) == ["a"]
+    loop.until(lambda: "a" in loop.orders)
+    assert (loop.orders["a"] == {"projectID": "p"}) != written
+    loop.turns(0.5)
+    assert "a" in loop.pending
     assert said(caplog) == []
-    database.delivered["a"] = "a.pdf"
-    told(database, lambda store: "a" not in store.orders)
-    assert "a" not in content(database)["orders"]
-    delivered = database.deliveries.last("a")
-    assert delivered and delivered[1] == "a.pdf"
+    loop.deliver("a", name="a.pdf")
+    loop.until(lambda: "a" not in loop.pending)
+    assert loop.database.deliveries.all()["a"][1] == "a.pdf"
 
 
-def test_each_of_many_retries_is_heard(database: db.Database) -> None:
-    """A process wants an order again as soon as it is delivered; this one delivers it as soon as it waits."""
+def test_each_of_many_retries_is_noticed(loop: Loop) -> None:
+    """A process retries an order as soon as it is delivered; this one delivers it as soon as it can."""
     code = (
         "path, left = pathlib.Path(sys.argv[1]), 40\n"
         "while left:\n"
         "    left -= bool(db.retry_orders('a', path))\n"
         "    time.sleep(0.003 * (left % 7))\n"
     )
-    other = process(code, database.path)
-    waits, ended, deliveries, begun = True, False, 0, time.monotonic()
-    while waits or not ended:
-        if waits:
+    other = process(code, loop.database.file.path)
+    ended, deliveries, begun = False, 0, time.monotonic()
+    while "a" in loop.orders or not ended:
+        if "a" in loop.orders:
             deliveries += 1
-            database.delivered["a"] = f"{deliveries}.png"
-        ended = other.poll() is not None  # then what it did last has to be heard within half a second
-        store = turns(database, 0.5 if ended else 0.002, soon=deliveries % 2 == 0)
-        waits = bool(store and "a" in store.orders)
-        assert time.monotonic() < begun + 60, f"a retry was lost: {content(database)}, {deliveries}"
+            loop.deliver("a", name=f"{deliveries}.png")
+        ended = other.poll() is not None
+        # What it did last has to be noticed soon.
+        loop.turns(0.5 if ended else 0.002, idle=deliveries % 2 == 0)
+        assert time.monotonic() < begun + 60, f"a retry was lost: {loop.file}, {deliveries}"
     assert other.returncode == 0
     assert deliveries == 41
-    assert "a" not in content(database)["orders"]
+    loop.until(lambda: "a" not in loop.pending)
 
 
 # --- others who write ------------------------------------------------------------------------
 
 
-def test_what_others_change_is_noticed(database: db.Database) -> None:
-    db.add_order("new", path=database.path)
-    assert list(told(database, lambda store: True).orders) == ["a", "b", "c", "new"]
-    data = content(database)
+def test_what_others_change_is_noticed(loop: Loop) -> None:
+    db.add_order("new", path=loop.database.file.path)
+    loop.until(lambda: list(loop.orders) == ["a", "b", "c", "new"])
+    data = loop.file
     del data["orders"]["a"]
-    save(database.path, data)
-    assert list(told(database, lambda store: True).orders) == ["b", "c", "new"]
-    assert turns(database, 0.3) is None
+    save(loop.database.file.path, data)
+    loop.until(lambda: list(loop.orders) == ["b", "c", "new"])
+    assert not loop.turns(0.3)
 
 
 def test_once_looks_no_more_but_writes_into_what_there_is(path: Path) -> None:
-    database = db.Database(path, once=True)
-    database.start()
+    loop = Loop(path, once=True)
     db.add_order("new", path=path)
-    assert turns(database, 0.3) is None
-    database.delivered["a"] = "a.png"
-    assert database.flush()
-    assert list(content(database)["orders"]) == ["b", "c", "new"]
+    assert not loop.turns(0.3)
+    loop.deliver("a")
+    assert loop.database.flush()
+    assert loop.pending == ["b", "c", "new"]
 
 
-@pytest.mark.parametrize(
-    "broken", ["", "\n", '{"orders": {"a": {', "[]", '{"orders": {}, "x": 1e999}', '{"orders": 5}']
-)
-def test_a_broken_file_is_said_once_and_left_as_it_is(
-    database: db.Database, broken: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("broken", ["", "\n", '{"orders": {"a": {', "[]", '{"orders": 5}', None])
+def test_a_file_that_makes_no_sense_is_said_once_and_left_as_it_is(
+    loop: Loop, broken: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    database.sync(True)
-    database.path.write_text(broken)
-    database.delivered["a"], database.failed["b"] = "a.png", (500, "no")
-    database.failing["c"] = dict(REFUSED)
-    assert too_soon(database) is None
+    """None: it is missing."""
+    database, path = loop.database, loop.database.file.path
+    loop.turn()
+    path.unlink() if broken is None else path.write_text(broken)
+    loop.deliver("a")
+    loop.fail("b")
+    database.rejected("c", dict(REJECTED))
+    loop.too_soon()
     assert database.problem == ""  # somebody may be saving it
-    assert turns(database, 2 * db.SAVING) is None
+    loop.turns(2 * db.SAVING)
     (problem,) = said(caplog, logging.INFO)
     assert problem == ("ERROR", database.problem)
-    assert str(database.path) in problem[1]
+    assert str(path) in problem[1]
+    assert list(loop.orders) == ["c"]  # what was known is still polled
     assert not database.flush()
-    assert database.path.read_text() == broken
-    save(database.path, {"orders": ["a", "b", "c", "d"]})
-    store = told(database, lambda store: content(database)["orders"] == ["c", "d"])
-    assert list(store.orders) == ["c", "d"]
+    assert (path.read_text() if path.exists() else None) == broken
+    save(path, {"orders": ["a", "b", "c", "d"]})
+    loop.until(lambda: loop.pending == ["c", "d"])
+    assert list(loop.orders) == ["c", "d"]
     assert database.problem == ""
-    assert said(caplog, logging.INFO) == [("INFO", f"over: {problem[1]}")]
-    assert content(database)["failing"] == {"c": REFUSED}
+    assert said(caplog, logging.INFO) == [("INFO", f"recovered: {problem[1]}")]
+    assert loop.file["failing"] == {"c": REJECTED}
 
 
 def test_what_is_saved_in_place_just_after_a_write_is_noticed(
-    database: db.Database, monkeypatch: pytest.MonkeyPatch
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a store or `cat` saves, before the poller has looked at what it wrote itself."""
     real, mine = db.sync_folder, json.dumps({"orders": ["b", "typed"]})
 
     def sync_folder(folder: Path) -> None:
-        if "a" not in content(database)["orders"]:  # else it is the folder of the list, which is new
-            database.path.write_text(mine)
+        if "a" not in loop.pending:  # else it is the folder of the list, which is new
+            loop.database.file.path.write_text(mine)
         real(folder)
 
     monkeypatch.setattr(db, "sync_folder", sync_folder)
-    database.delivered["a"] = "a.png"
-    store = told(database, lambda store: "typed" in store.orders)
-    assert list(store.orders) == ["b", "typed"]
-    assert content(database)["orders"] == ["b", "typed"]
+    loop.deliver("a")
+    loop.until(lambda: list(loop.orders) == ["b", "typed"])
+    assert loop.pending == ["b", "typed"]
 
 
-def test_a_slow_writer_loses_nothing(database: db.Database, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_slow_writer_loses_nothing(loop: Loop, caplog: pytest.LogCaptureFixture) -> None:
     """It empties the file, takes its time, and writes it in pieces."""
     whole = json.dumps({"orders": ["a", "b", "c", "typed"]})
-    database.delivered["a"] = "a.png"
-    with database.path.open("w") as file:
-        turns(database, 3 * db.SAVING)
+    loop.deliver("a")
+    with loop.database.file.path.open("w") as file:
+        loop.turns(3 * db.SAVING)
         for begin in range(0, len(whole), 8):
             file.write(whole[begin : begin + 8])
             file.flush()
-            store = turns(database, 0.1)
-            assert store is None or begin + 8 >= len(whole)
-    store = store or told(database, lambda store: True)
-    assert list(store.orders) == ["b", "c", "typed"]
-    eventually(lambda: database.sync(True) or content(database)["orders"] == ["b", "c", "typed"])
+            loop.turns(0.1)
+            assert "typed" not in loop.orders or begin + 8 >= len(whole)
+    loop.until(lambda: loop.pending == list(loop.orders) == ["b", "c", "typed"])
     assert len(said(caplog)) == 1
 
 
 @pytest.mark.parametrize("ahead", [3600, 1, -3600])
 def test_a_half_saved_file_is_known_with_any_clock(
-    database: db.Database, ahead: int, caplog: pytest.LogCaptureFixture
+    loop: Loop, ahead: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = '{"orders": ["a", "b", "c", "typed"]}'
+    whole, path = '{"orders": ["a", "b", "c", "typed"]}', loop.database.file.path
     for half in ("", whole[:9]):
-        database.path.write_text(half)
-        os.utime(database.path, (time.time() + ahead,) * 2)
-        assert too_soon(database) is None
+        path.write_text(half)
+        os.utime(path, (time.time() + ahead,) * 2)
+        assert not loop.too_soon()
     assert said(caplog) == []
-    database.path.write_text(whole)
-    assert "typed" in told(database, lambda store: True).orders
+    path.write_text(whole)
+    loop.until(lambda: "typed" in loop.orders)
 
 
-def test_a_file_that_is_moved_aside_is_missed_only_after_a_while(
-    database: db.Database, caplog: pytest.LogCaptureFixture
-) -> None:
-    aside = database.path.with_name("aside")
-    for _ in range(3):
-        database.path.rename(aside)
-        database.delivered["a"] = "a.png"
-        assert too_soon(database) is None
-        assert not database.path.exists()
-        aside.rename(database.path)
-        eventually(lambda: database.sync(True) or list(content(database)["orders"]) == ["b", "c"])
-    database.path.rename(aside)
-    database.failed["b"] = (500, "no")
-    store = told(database, lambda store: True)
-    assert store.orders == {}
-    assert database.failed == {}
-    assert not database.path.exists()
-    assert said(caplog) == [
-        ("WARNING", f"{database.path} is missing: that counts as no orders. Put it back.")
-    ]
-    aside.rename(database.path)
-    assert list(told(database, lambda store: True).orders) == ["b", "c"]
+def test_a_file_that_is_moved_aside_is_waited_for(loop: Loop, caplog: pytest.LogCaptureFixture) -> None:
+    path = loop.database.file.path
+    aside = path.with_name("aside")
+    for task_id in "abc":
+        path.rename(aside)
+        loop.deliver(task_id)
+        assert not loop.too_soon()
+        assert not path.exists()
+        aside.rename(path)
+        loop.until(lambda task_id=task_id: task_id not in loop.pending)  # type: ignore[misc]
+    assert said(caplog) == []
 
 
 @contextmanager
 def held(path: Path) -> Iterator[tuple[subprocess.Popen[str], Callable[[], None]]]:
     """Another process has the lock; and how to end it."""
-    code = "path = pathlib.Path(sys.argv[1])\nwith db.lock(path, 'lock', 5):\n    "
+    code = "path = pathlib.Path(sys.argv[1])\nwith db.lock(path, 'lock', 5) as held:\n    db.note(held); "
     with process(code + "print('held', flush=True); sys.stdin.read()", path) as other:
         assert other.stdout and other.stdin
         other.stdout.readline()
@@ -481,115 +502,118 @@ def held(path: Path) -> Iterator[tuple[subprocess.Popen[str], Callable[[], None]
 
 
 def test_a_lock_that_another_has_is_no_error(
-    database: db.Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    loop: Loop, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(db, "PATIENCE", 1.0)
-    with held(database.path) as (other, let_go):
-        database.delivered["a"] = "a.png"
+    database = loop.database
+    with held(database.file.path) as (other, release):
+        loop.deliver("a")
         end, longest = time.monotonic() + 0.7, 0.0
         while time.monotonic() < end:
             begun = time.monotonic()
-            database.sync(True)
+            loop.turn()
             longest = max(longest, time.monotonic() - begun)
         assert longest < 0.4
         assert "a" in database.deliveries.ids
-        save(database.path, {"orders": ["a", "b", "c", "typed"]})  # an editor knows of no lock
-        assert "typed" in told(database, lambda store: True).orders
+        save(database.file.path, {"orders": ["a", "b", "c", "typed"]})  # an editor knows of no lock
+        loop.until(lambda: "typed" in loop.orders)
         assert said(caplog, logging.INFO) == []
-        turns(database, 3)
+        loop.turns(3)
         ((level, line),) = said(caplog)
-        assert level == "WARNING"
-        name = Path(f"/proc/{other.pid}/comm").read_text().strip() if sys.platform == "linux" else ""
-        assert f"process {other.pid} ({name})" in line
+        assert level == "ERROR"
+        assert f"process {other.pid}, " in line
         assert database.problem == line
         begun = time.monotonic()
         assert not database.flush()
         assert time.monotonic() - begun < 2
-        let_go()
-    told(database, lambda store: "a" not in content(database)["orders"])
+        release()
+    loop.until(lambda: "a" not in loop.pending)
     assert database.problem == ""
 
 
 def test_a_lock_that_nobody_waits_for_any_more_is_no_problem(
-    database: db.Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    loop: Loop, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(db, "PATIENCE", 0.0)
-    with held(database.path) as (_, let_go):
-        database.delivered["a"] = "a.png"
-        eventually(lambda: database.sync(True) or database.problem)
-        save(database.path, {"orders": ["b", "c"]})  # somebody else took it out
-        eventually(lambda: database.sync(True) or not database.problem)
+    with held(loop.database.file.path) as (_, release):
+        loop.deliver("a")
+        loop.until(lambda: loop.database.problem)
+        save(loop.database.file.path, {"orders": ["b", "c"]})  # somebody else removed it
+        loop.until(lambda: not loop.database.problem)
         (problem, over) = said(caplog, logging.INFO)
-        assert over == ("INFO", f"over: {problem[1]}")
-        let_go()
+        assert over == ("INFO", f"recovered: {problem[1]}")
+        release()
 
 
 def test_the_last_write_waits_for_a_lock_however_long_another_has_had_it(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    database = db.Database(path, once=True)
-    database.start()
-    with held(path) as (_, let_go), monkeypatch.context() as impatient:
+    loop = Loop(path, once=True)
+    with held(path) as (_, release), monkeypatch.context() as impatient:
         impatient.setattr(db, "PATIENCE", 0.0)
-        database.failed["a"] = (500, "no")
-        eventually(lambda: database.sync(True) or database.problem)
+        loop.fail("a")
+        loop.until(lambda: loop.database.problem)
         impatient.undo()
-        threading.Timer(0.5, let_go).start()
-        assert database.flush()
-    assert "a" in content(database)["failed"]
+        threading.Timer(0.5, release).start()
+        assert loop.database.flush()
+    assert "a" in loop.file["failed"]
 
 
-def test_a_folder_that_takes_no_file_is_said_once(
-    database: db.Database, caplog: pytest.LogCaptureFixture
-) -> None:
-    temp = database.path.with_name(".database.json.tmp")
+def test_the_last_write_waits_for_an_editor_that_saves(path: Path) -> None:
+    loop = Loop(path, once=True)
+    path.write_text('{"orders": ')
+    loop.fail("a")
+    threading.Timer(db.SAVING / 2, save, (path, {"orders": ["a", "b"]})).start()
+    assert loop.database.flush()
+    assert list(loop.file["failed"]) == ["a"]
+
+
+def test_a_folder_that_takes_no_file_is_said_once(loop: Loop, caplog: pytest.LogCaptureFixture) -> None:
+    path = loop.database.file.path
+    temp = path.with_name(".database.json.tmp")
     (temp / "x").mkdir(parents=True)
-    database.failed["a"] = (500, "no")
-    turns(database, 0.5)
-    db.sync_folder(database.path.parent)
-    save(database.path, {"orders": ["a", "b", "typed"]})
-    assert list(told(database, lambda store: True).orders) == ["b", "typed"]
-    turns(database, 0.5)
+    loop.fail("a")
+    loop.turns(0.5)
+    save(path, {"orders": ["a", "b", "typed"]})
+    loop.until(lambda: list(loop.orders) == ["b", "typed"])
+    loop.turns(0.5)
     ((level, line),) = said(caplog, logging.INFO)
-    assert (level, line) == ("ERROR", database.problem)
-    assert str(database.path) in line
-    assert not database.flush()
+    assert (level, line) == ("ERROR", loop.database.problem)
+    assert str(path) in line
+    assert not loop.database.flush()
     (temp / "x").rmdir()
     temp.rmdir()
-    told(database, lambda store: content(database)["orders"] == ["b", "typed"])
-    assert (database.problem, said(caplog, logging.INFO)) == ("", [("INFO", f"over: {line}")])
+    loop.until(lambda: loop.pending == ["b", "typed"])
+    assert (loop.database.problem, said(caplog, logging.INFO)) == ("", [("INFO", f"recovered: {line}")])
 
 
-def test_a_write_that_is_not_needed_any_more_is_no_problem(database: db.Database) -> None:
-    temp = database.path.with_name(".database.json.tmp")
+def test_a_write_that_is_not_needed_any_more_is_no_problem(loop: Loop) -> None:
+    temp = loop.database.file.path.with_name(".database.json.tmp")
     (temp / "x").mkdir(parents=True)
-    database.failing["a"] = {"status": 500}
-    eventually(lambda: database.sync(True) or database.problem)
-    del database.failing["a"]  # GraFx has taken that back
-    eventually(lambda: database.sync(True) or not database.problem)
+    loop.database.rejected("a", {"status": 500})
+    loop.until(lambda: loop.database.problem)
+    loop.database.pending("a")  # GraFx accepts it
+    loop.until(lambda: not loop.database.problem)
 
 
-def test_a_broken_file_of_ten_megabytes_costs_little(database: db.Database) -> None:
-    database.path.write_text('{"orders": [' + '"x", ' * 2_000_000 + "]}")
-    turns(database, 1.0)
-    assert database.problem
+def test_a_broken_file_of_ten_megabytes_costs_little(loop: Loop) -> None:
+    loop.database.file.path.write_text('{"orders": [' + '"x", ' * 2_000_000 + "]}")
+    loop.turns(1.0)
+    assert loop.database.problem
     used = time.process_time()
-    turns(database, 2.0, soon=False)
+    loop.turns(2.0, idle=False)
     assert time.process_time() - used < 0.1
 
 
-def test_programs_that_add_all_the_while_are_heard_and_do_not_keep_the_poller_out(
-    database: db.Database,
-) -> None:
+def test_programs_that_add_all_the_while_are_noticed_and_do_not_keep_the_poller_out(loop: Loop) -> None:
     code = "[db.add_order(f'{sys.argv[2]}-{n}', path=pathlib.Path(sys.argv[1])) for n in range(150)]"
-    others = [process(code, database.path, name) for name in ("x", "y", "z")]
-    delivered, known, ended = set[str](), {"a", "b", "c"}, False
-    while known or not ended:
-        database.delivered.update(dict.fromkeys(known, "x.png"))
-        delivered |= known
-        ended = all(other.poll() is not None for other in others)  # then the last is heard soon
-        store = turns(database, 0.5 if ended else 0.01)
-        known = set(store.orders) - delivered if store else set()
+    others = [process(code, loop.database.file.path, name) for name in ("x", "y", "z")]
+    delivered, ended = set[str](), False
+    while loop.orders or not ended:
+        delivered |= loop.orders.keys()
+        loop.deliver(*list(loop.orders))
+        ended = all(other.poll() is not None for other in others)  # then the last is noticed soon
+        loop.turns(0.5 if ended else 0.01)
     assert [other.wait() for other in others] == [0, 0, 0]
     assert delivered == {"a", "b", "c"} | {f"{name}-{n}" for name in "xyz" for n in range(150)}
-    eventually(lambda: database.sync(True) or content(database)["orders"] == {})
+    loop.until(lambda: not loop.pending)
