@@ -137,5 +137,5 @@ def test_order_of_the_writes_of_an_added_order(home: Home) -> None:
     command = [*home.command()[:1], str(ROOT / "db.py"), "add", "some-task"]
     calls = trace(home, command, home.folder / "calls")
     rename = whole_before_its_name(calls, home.database)
-    said = find(calls, "write", lambda text: text.startswith("1<"), "said that it waits")[0]
+    said = find(calls, "write", lambda text: text.startswith("1<"), "said that it is pending")[0]
     assert any(rename.ended < call.began and call.ended < said.began for call in synced(calls, home.folder))

@@ -163,10 +163,10 @@ def adding(home: Home, grafx: Sandbox) -> Iterator[list[str]]:
 def test_editors_lose_nothing_that_was_typed(
     home: Home, grafx: Sandbox, adding: list[str], name: str
 ) -> None:
-    waiting = [grafx.add("never") for _ in range(3)]  # so that there is always a line below the typed one
-    home.wait_for(*waiting)
+    pending = [grafx.add("never") for _ in range(3)]  # so that there is always a line below the typed one
+    home.wait_for(*pending)
     poller = home.start(before="poller.SHORTEST_PAUSE = 0.1")
-    poller.says("waiting")
+    poller.says(r"\d pending, ")
     typed = list[str]()
     for _ in range(ROUNDS):
         typed.append(grafx.add())
@@ -181,13 +181,13 @@ def test_editors_lose_nothing_that_was_typed(
     lost = [task_id for task_id in typed if task_id not in delivered()]
     assert len(lost) <= (name in IN_PLACE), poller.log()
     assert not home.failed()
-    eventually(lambda: set(waiting) <= home.waiting().keys() and not home.waiting().keys() & set(typed))
+    eventually(lambda: set(pending) <= home.waiting().keys() and not home.waiting().keys() & set(typed))
     assert poller.stop() == 0
     assert "Traceback" not in poller.log()
-    # One line, one delivery: what an old text brought back was not delivered again.
+    # One line, one delivery: what an old text re-added was not delivered again.
     lines = home.database.with_name(".database.json.delivered").read_text().splitlines()
     ids = [line.split()[1] for line in lines]
     assert len(ids) == len(set(ids)) >= len(typed) - len(lost)
-    assert json.loads(home.database.read_text())["orders"].keys() >= set(waiting)
+    assert json.loads(home.database.read_text())["orders"].keys() >= set(pending)
     overwritten = [task_id for task_id in adding if task_id not in delivered() | home.waiting().keys()]
     print(f"{name}: {ROUNDS} typed, {len(lost)} lost; {len(adding)} added, {len(overwritten)} overwritten")

@@ -1,7 +1,7 @@
-"""Every fault on task question, download and token: once, for 10 s, and for ever.
+"""Every fault on poll, download and token: once, for 10 s, and for ever.
 
-All of it runs first, in many pollers side by side; a test for each row then looks at what came of it,
-and of the healthy order that stood beside it. The table is printed at the end.
+All of it runs first, in many pollers side by side; a test for each row then looks at its result,
+and at that of the healthy order beside it. The table is printed at the end.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from conftest import REPORTS, ROOT, Home, eventually
 from sandbox import PAGE, Fault, Request, Sandbox
 
 ONCE, TEN, LONG = "once", "10 s", "for ever"
-SECONDS = 10.0  # of TEN; each order is asked about at least ten times in it
+SECONDS = 10.0  # of TEN; each order is polled at least five times in it
 YEAR = 365 * 86400
-WAITS = "waiting"  # nobody's fault, and nothing that speaks of the order: it is asked about for ever
+WAITS = "pending"  # says nothing about the order: it is polled for ever
 FINE = "delivered at once"  # odd, but nothing is missing
-HELD = "held"  # GraFx wants to be left alone
+HELD = "held"  # rate limited: nothing is polled
 NO_LINK = "failed: 200 GraFx says finished, but gives no download link"
 
 
@@ -46,15 +46,14 @@ def no_file(says: str, looks: str = "something else") -> str:
 
 NO_IMAGE = no_file("application/json")
 NO_OCTETS = failed(200, "the file .*")
-NOT_THIS_ONE = failed(401, "GraFx takes the token for other tasks, but not for this one")
 FINAL = "failed: 410 no longer available: GraFx keeps a file for 4 hours"
 RED, CLEANED = "image/\x1b[31mpng", r"the file says image/ ?\[31mpng but is png"
 PLAIN = {"body": PAGE, "content_type": "text/html"}
-JSON_REFUSAL = {"body": b'{"error": "access_denied", "error_description": "Unauthorized"}'}
+JSON_REJECTION = {"body": b'{"error": "access_denied", "error_description": "Unauthorized"}'}
 ASP_NET = ".*An error occurred while processing your request.*"
 SORRY = b"Service temporarily unavailable"
-# What people call it, what the sandbox does, its options; what comes of it where it goes on for longer than
-# GIVE_UP_AFTER, on the task question, the download, and the token. What passes has always to end well, unless
+# What people call it, what the sandbox does, its options; the result where it lasts longer than
+# GIVE_UP_AFTER, on the poll, the download, and the token. What passes has always to end well, unless
 # it is FINAL or HELD.
 FAULTS: list[tuple[str, str, dict[str, Any], str, str, str]] = [
     ("reset", "reset", {}, WAITS, WAITS, WAITS),
@@ -62,11 +61,13 @@ FAULTS: list[tuple[str, str, dict[str, Any], str, str, str]] = [
     ("close", "close", {}, WAITS, WAITS, WAITS),
     ("close in the body", "close", {"at": 20}, WAITS, WAITS, WAITS),
     ("hang", "hang", {}, WAITS, WAITS, WAITS),
-    ("head trickles", "trickle", {"pace": 0.1}, WAITS, WAITS, WAITS),
+    ("head trickles", "trickle", {"pace": 0.02, "after": 0.8}, WAITS, WAITS, WAITS),
     ("body trickles", "trickle-body", {"pace": 0.1}, WAITS, WAITS, WAITS),
+    ("202", "status-202", {}, WAITS, WAITS, WAITS),
+    ("204", "status-204", {}, WAITS, WAITS, WAITS),
     ("400", "status-400", {}, failed(400), failed(400, "the download: .*"), WAITS),
-    ("401", "status-401", {}, NOT_THIS_ONE, NOT_THIS_ONE, WAITS),
-    ("401 in the token's words", "status-401", JSON_REFUSAL, NOT_THIS_ONE, NOT_THIS_ONE, WAITS),
+    ("401", "status-401", {}, WAITS, WAITS, WAITS),
+    ("401 in the token's words", "status-401", JSON_REJECTION, WAITS, WAITS, WAITS),
     ("403", "status-403", {}, failed(403), failed(403, "the download: .*"), WAITS),
     ("403 in HTML", "status-403", PLAIN, failed(403, ".*403 .*"), failed(403, ".*403 .*"), WAITS),
     ("404", "status-404", {}, failed(404), failed(404), WAITS),
@@ -130,9 +131,9 @@ FAULTS: list[tuple[str, str, dict[str, Any], str, str, str]] = [
     ("redirect loop", "redirect-loop", {}, WAITS, WAITS, WAITS),
     ("redirect on this host", "redirect-same", {}, FINE, FINE, WAITS),
     ("redirect to another host", "redirect-away", {}, NO_LINK, FINE, WAITS),
-    ("103 before the answer", "interim", {}, FINE, FINE, FINE),
-    ("102 before the answer", "interim", {"code": 102}, FINE, FINE, FINE),
-    ("five 103 before the answer", "interim", {"number": 5, "pause": 0.05}, FINE, FINE, FINE),
+    ("103 before the answer", "interim", {}, WAITS, WAITS, WAITS),
+    ("102 before the answer", "interim", {"code": 102}, WAITS, WAITS, WAITS),
+    ("five 103 before the answer", "interim", {"number": 5, "pause": 0.05}, WAITS, WAITS, WAITS),
     ("504, then the answer", "late", {}, WAITS, WAITS, WAITS),
     ("504 and the answer at once", "late", {"pause": 0}, WAITS, WAITS, WAITS),
     ("504, then another's answer", "late", {"task": "OTHER"}, WAITS, WAITS, WAITS),
@@ -140,12 +141,12 @@ FAULTS: list[tuple[str, str, dict[str, Any], str, str, str]] = [
     ("204 with another's answer", "late", {"status": 204, "task": "OTHER", "pause": 0}, WAITS, WAITS, WAITS),
 ]  # fmt: skip
 SLOW = ("hang", "head trickles", "body trickles")
-POLITE = ("status-429", "status-503")  # GraFx wants to be asked less, so these slow everybody down
+POLITE = ("status-429", "status-503")  # a rate limit, which slows everybody down
 
 
 @dataclass
 class Row:
-    """One fault in one place, for so long; and what came of it."""
+    """One fault in one place, for so long; and its result."""
 
     label: str
     fault: str
@@ -157,8 +158,8 @@ class Row:
     beside: str = ""  # a healthy one
     came: str = "nothing"
     came_beside: str = "nothing"
-    during: str = ""  # how the order stood while it lasted
-    afterwards: str = ""  # what became of it when it was over all the same
+    during: str = ""  # the order's state while it lasted
+    afterwards: str = ""  # where it outlasted GIVE_UP_AFTER, the result when it was over all the same
     requests: list[Request] = field(default_factory=list)
     requests_beside: list[Request] = field(default_factory=list)
 
@@ -178,7 +179,7 @@ class Row:
             return "token"
         if self.fault in POLITE or "retry_after" in self.options:
             return "polite"
-        if self.fault == "late":  # whose answer may come to another order, which then asks again
+        if self.fault == "late":  # whose answer may reach another order's poll, which is then repeated
             return "late"
         return "slow" if self.label in SLOW else "quick"
 
@@ -223,14 +224,14 @@ def outcome(home: Home, task_id: str, written: bool = True) -> str:
         return f"failed: {record['status']} {record['error']}"
     file, waits = home.orders / f"{task_id}.png", task_id in home.waiting()
     if waits and (written or not file.exists()):
-        return "waiting"
+        return WAITS
     if not file.exists():
         return "LOST"
     return "delivered" if file.read_bytes() == home.grafx.body(task_id) else "WRONG FILE"
 
 
 def failing(home: Home, task_id: str) -> str:
-    """How an order stands that has not ended: as what is written under "failing", or as waiting."""
+    """The state of an order that has not ended: what stands under "failing", or pending."""
     if record := home.read().get("failing", {}).get(task_id):
         return f"failed: {record['status']} {record['error']}"
     return outcome(home, task_id)
@@ -252,7 +253,7 @@ ROWS = [
 
 def before(timeout: float) -> str:
     return (
-        f"chili.TIMEOUT = chili.Timeout(connect={timeout}, read={timeout}); chili.ANSWER_TIME = {timeout}; "
+        f"chili.TIMEOUT = ({timeout}, {timeout}); chili.SLOW_START = {timeout}; "
         "poller.SHORTEST_PAUSE = db.LOOK = 0.05"
     )
 
@@ -292,7 +293,7 @@ def for_ten_seconds(folder: Path, rows: list[Row]) -> None:
 
 
 def for_ever(folder: Path, rows: list[Row]) -> None:
-    """One poller with a short GIVE_UP_AFTER meets them all, until it has given up what it will give up."""
+    """One poller with a short GIVE_UP_AFTER meets them all, until what can fail has failed."""
     with started(folder, rows, POLL_INTERVAL="0.3", GIVE_UP_AFTER="1") as home:
 
         def settled() -> bool:
@@ -339,11 +340,11 @@ def ended_well(home: Home, code: int, log: str) -> None:
     assert not [name for name in home.files() if name.startswith(".")]
 
 
-# --- what is everybody's: the token, and how fast GraFx may be asked -----------------------------
+# --- what affects every order: the token, and the rate limit -------------------------------------
 
 
 # Starts a poller for each line that it reads, by a fork, which is much quicker than 200 starts of Python.
-NURSERY = """
+STARTER = """
 import json, os, signal, sys
 sys.path.insert(0, sys.argv.pop())
 import chili, db, poller
@@ -373,7 +374,7 @@ Alone = tuple[str, Home, list[Row]]  # its name, and what its poller meets: TEN 
 def apart(folder: Path, rows: list[Row]) -> None:
     """A poller for each fault, with a short GIVE_UP_AFTER; after 10 s of it, it is over.
 
-    What waits with a short one waits with a long one, so this is what came for TEN and for LONG.
+    What is pending with a short one is pending with a long one, so this is the result for TEN and for LONG.
     """
     groups: dict[tuple[str, str, bool], list[Row]] = defaultdict(list)
     for row in rows:
@@ -388,27 +389,27 @@ def apart(folder: Path, rows: list[Row]) -> None:
             home.env |= {"POLL_INTERVAL": "1", "CONCURRENCY": "2"}
             home.wait_for(grafx.add())
             alone.append((str(number), home, group))
-        nursery = subprocess.Popen([sys.executable, "-c", NURSERY, ROOT], stdin=subprocess.PIPE,
+        starter = subprocess.Popen([sys.executable, "-c", STARTER, ROOT], stdin=subprocess.PIPE,
                                    stdout=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
         try:
-            assert nursery.stdin
+            assert starter.stdin
             for _, home, group in alone:
                 start = before(group[0].timeout).replace("db.LOOK = 0.05", "db.LOOK = 0.4")
-                born = {"env": home.environment(), "log": str(home.folder / "log"), "before": start}
-                nursery.stdin.write(json.dumps(born) + "\n")
-                nursery.stdin.flush()
+                job = {"env": home.environment(), "log": str(home.folder / "log"), "before": start}
+                starter.stdin.write(json.dumps(job) + "\n")
+                starter.stdin.flush()
             eventually(lambda: not any(home.waiting() for _, home, _ in alone))
-            meet(grafx, alone)
+            last_ten_seconds(grafx, alone)
         finally:
-            os.killpg(nursery.pid, signal.SIGTERM)
-            codes = nursery.communicate(timeout=30)[0].split()
+            os.killpg(starter.pid, signal.SIGTERM)
+            codes = starter.communicate(timeout=30)[0].split()
         assert codes == ["0"] * len(alone), codes
         for _, home, _ in alone:
             ended_well(home, 0, (home.folder / "log").read_text())
 
 
-def meet(grafx: Sandbox, alone: list[Alone]) -> None:
-    """Each meets its fault, for 10 s; then it is over."""
+def last_ten_seconds(grafx: Sandbox, alone: list[Alone]) -> None:
+    """Each poller meets its fault, for 10 s; then it is over."""
     times: dict[str | None, list[float]] = {}
     since = len(grafx.requests)
     for name, _, group in alone:
@@ -509,9 +510,9 @@ def test_fault(row: Row) -> None:
     if row.end == FINE and row.place != "token":
         assert [request.what for request in row.requests if request.query == ""].count(row.place) == 1
     if row.span == TEN and row.end != FINE and row.place != "token" and row.group != "polite":
-        asked = [(request.what, request.status, request.fault) for request in row.requests]
+        polls = [(request.what, request.status, request.fault) for request in row.requests]
         assert re.fullmatch(row.end, row.during), (
-            f"{row.during}, but it is failing where it is refused: {asked}"
+            f"{row.during}, but where it is rejected it stands under failing: {polls}"
         )
     if row.span == LONG and row.end == WAITS:
         assert row.afterwards == "delivered"
@@ -520,15 +521,15 @@ def test_fault(row: Row) -> None:
         assert min(after - before for before, after in itertools.pairwise(times)) > 0.95
     if row.end == HELD:
         after = [request for request in row.requests if request.time > hit[0].time]
-        assert not after, "it was asked again, although GraFx wants to be left alone for a year"
+        assert not after, "it was polled again, although Retry-After is a year"
 
 
 @pytest.mark.usefixtures("ran")
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_nobody_else_is_held_up(row: Row) -> None:
-    """Except where GraFx wants to be left alone or gives no token."""
+    """Except by a rate limit, or where there is no token."""
     if row.place == "token" and (row.end == HELD or (row.span == LONG and row.end == WAITS)):
-        assert row.came_beside == "waiting"
+        assert row.came_beside == WAITS
         return
     assert row.came_beside == "delivered"
     if row.span != ONCE and row.place != "token" and row.end != FINE and row.group != "polite":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 
+import pytest
 from conftest import ROOT, git
 
 TOP = [
@@ -18,6 +20,8 @@ TOP = [
     "tests",
     "README.md",
 ]
+MODULES = ("poller", "chili", "db")
+DOCUMENTED = {"_exit", "_replace"}  # os._exit, and what named tuples have
 
 
 def test_the_top_level_is_as_drawn() -> None:
@@ -39,3 +43,62 @@ def test_at_run_time_there_are_two_packages_both_pinned() -> None:
 def test_the_shipped_database_is_empty() -> None:
     committed = git("show", "HEAD:database.json") or (ROOT / "database.json").read_text()
     assert json.loads(committed) == {"orders": {}, "failed": {}}
+
+
+def imported(code: str) -> set[str]:
+    """What is imported, with dots in between: "requests.adapters.HTTPAdapter"."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
+    return found
+
+
+def private_names_of_others(code: str) -> set[str]:
+    """The names with a leading underscore that are used here, but made elsewhere."""
+    used, made = set(), set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute):
+            # self._lock = ...; but not response._body = ..., and not super()._method()
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            (made if own and isinstance(node.ctx, ast.Store) else used).add(node.attr)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            made.add(node.name)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            used |= {node.value} if re.fullmatch("_[a-z]+(_[a-z]+)*", node.value) else set()  # as for getattr
+    used |= {part for name in imported(code) if name != "__future__" for part in name.split(".")}
+    return {name for name in used - made - DOCUMENTED if re.match("_[^_]", name)}
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("response.raw._fp.read()", {"_fp"}),
+        ("response._content = b''", {"_content"}),
+        ("from urllib3._collections import HTTPHeaderDict", {"_collections"}),
+        ("from urllib3.response import _DecodedBody", {"_DecodedBody"}),
+        ("import _socket", {"_socket"}),
+        ("getattr(connection, '_tunnel')", {"_tunnel"}),
+        ("class A:\n def _b(self):\n  self._c = self._b\n  return super().__init__()", set()),
+        ("os._exit(address._replace(port=1))", set()),
+    ],
+)
+def test_a_private_name_of_others_is_found(code: str, found: set[str]) -> None:
+    assert private_names_of_others(code) == found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_private_name_of_others_is_used(module: str) -> None:
+    """Else the next release of requests, or the poller's own `chili` and `db`, may break it unnoticed."""
+    code = (ROOT / f"{module}.py").read_text()
+    assert private_names_of_others(code) == set()
+    assert not [name for name in imported(code) if name.startswith("http.client")]
+
+
+@pytest.mark.parametrize("module", ["chili", "db"])
+def test_chili_and_db_know_neither_each_other_nor_the_poller(module: str) -> None:
+    names = {name.strip(".").partition(".")[0] for name in imported((ROOT / f"{module}.py").read_text())}
+    assert not names & set(MODULES)
+    assert not any(name.startswith(".") for name in imported((ROOT / f"{module}.py").read_text()))

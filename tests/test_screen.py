@@ -1,4 +1,4 @@
-"""What a person sees in a terminal: the live line at any width, colours, and one that is held by Ctrl-S."""
+"""What a person sees in a terminal: the live line at any width, and one that is held by Ctrl-S."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import pyte
 import pytest
-from conftest import QUICK, Home, eventually, find_program
+from conftest import PATIENCE, QUICK, Home, eventually, find_program
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
@@ -98,36 +98,42 @@ def test_a_render_a_download_and_an_outage(
     slow = grafx.add(size=200_000, task_id="5107ab1e-slow")
     grafx.fault("download", "slow", rate=35_000)
     home.wait_for(*(grafx.add("never") for _ in range(3)), "no-such-task", slow)
-    shown = terminal(columns, "poller.SHORTEST_PAUSE = 60; poller.PROGRESS = 0.1", POLL_INTERVAL="60")
+    shown = terminal(columns, "poller.SHORTEST_PAUSE = 60", POLL_INTERVAL="60")
 
     line = shown.shows(r"5107ab1e \d+% of 200\.\d kB, \d+\.\d kB/s")
-    assert columns == 40 or "kB/s | 3 rendering, 1 downloading, 1 failing" in line
+    assert columns == 40 or "kB/s | 3 rendering, 1 downloading, 1 rejected" in line
     percent = int(line.split()[1].rstrip("%"))
     eventually(lambda: int(re.findall(r"^\S+ (\d+)%", shown.live())[0]) > percent, "the download moves")
 
-    line = shown.shows(r"3 rendering, 1 failing \| asks in \d+ s \|")
+    line = shown.shows(r"3 rendering, 1 rejected \| next poll in" + r" \d+ s \|" * (columns > 40))
     assert columns == 40 or re.search(r"last delivery \d\d:\d\d:\d\d$", line)
-    seconds = int(line.split("asks in ")[1].split()[0])
-    eventually(lambda: int(shown.live().split("asks in ")[1].split()[0]) < seconds, "it counts down")
+    if columns > 40:
+        seconds = int(line.split("next poll in ")[1].split()[0])
+        eventually(lambda: int(shown.live().split("next poll in ")[1].split()[0]) < seconds, "it counts down")
     assert shown.end() == 0
-    assert "".join(shown.look()).endswith("stopped, 4 waiting")
-    assert b"downloading:" not in shown.raw  # that is a line of the log where there is no live line
+    assert "".join(shown.look()).endswith("stopped, 4 pending")
 
     shown = terminal(columns, "poller.SHORTEST_PAUSE = 60", POLL_INTERVAL="60", BASEURL="http://127.0.0.1:1")
-    line = shown.shows(r"again in \d+ s: GraFx is unreachable: 1")
+    line = shown.shows(r"retrying in \d+ s: paused: GraFx is unr")
     if columns > 40:
-        assert ": 127.0.0.1: Connection refused | " in line
+        assert ": paused: GraFx is unreachable: 127.0.0.1: Connection refused" in line
     if columns > 80:
-        assert line.endswith("Connection refused | 3 new, 1 failing")
+        shown.shows(r"retrying in \d+ s: paused: .* Connection refused \| 4 retrying$")
 
 
-def test_one_order_that_is_stuck_hides_nothing(home: Home, terminal: Callable[..., Terminal]) -> None:
+def test_an_order_that_cannot_be_polled_says_why_and_when_it_is_retried(
+    home: Home, terminal: Callable[..., Terminal]
+) -> None:
+    """And hides nothing of the others."""
     home.wait_for(home.grafx.add("never"), home.grafx.add(link="http://127.0.0.1:1/file"))
-    shown = terminal(80)
-    shown.shows(r"1 rendering, 1 stuck \| asks in \d+ s \| 1 stuck: the download's server is unr")
+    shown = terminal(120, "poller.SHORTEST_PAUSE = 1", POLL_INTERVAL="60")
+    problem = "1 order: the download server is unreachable: 127.0.0.1: Connection refused"
+    # Its fourth pause is 8 s. The other order is polled earlier, which is not what is told.
+    shown.shows(rf"retrying in 8 s: {problem} \| 1 rendering, 1 retrying$")
+    shown.shows(rf"retrying in 6 s: {problem} \| 1 rendering, 1 retrying$")
 
 
-def test_an_order_that_was_taken_out_while_it_was_asked_about_is_not_counted(
+def test_an_order_that_was_removed_while_it_was_polled_is_not_counted(
     home: Home, terminal: Callable[..., Terminal]
 ) -> None:
     stays, other = home.grafx.add("never"), home.grafx.add("never")
@@ -136,7 +142,7 @@ def test_an_order_that_was_taken_out_while_it_was_asked_about_is_not_counted(
         shown = terminal(80, "poller.SHORTEST_PAUSE = 60", POLL_INTERVAL="60")
         shown.shows(r"1 new, 1 rendering \|")
         home.wait_for(stays, other)
-        shown.shows(r"1 new, 2 rendering \|")  # so it knows that the first one was taken out
+        shown.shows(r"1 new, 2 rendering \|")  # so it knows that the first one was removed
     shown.shows(r"2 rendering \|")
 
 
@@ -144,10 +150,10 @@ def test_letters_that_are_wide_do_not_break_the_line(home: Home, terminal: Calla
     """Each takes two columns; a line that breaks leaves a copy of itself each time."""
     home.wait_for(home.grafx.add())
     shown = terminal(100, QUICK, ON_DONE=f"sh -c 'echo {'没有纸' * 20}; exit 1'")
-    shown.shows(r"1 not handed over \| asks in \d+ s \| 1 stuck: ON_DONE ended")
+    shown.shows(r"retrying in \d+ s: 1 order: ON_DONE ended with 1: 没有纸")
     for _ in range(20):
         lines = shown.look()
-        assert len([line for line in lines if line.startswith("1 not")]) == 1, lines
+        assert len([line for line in lines if line.startswith("retrying")]) == 1, lines
 
 
 def test_a_terminal_that_is_made_narrower_has_no_copies(home: Home, tmp_path: Path) -> None:
@@ -169,7 +175,7 @@ def test_a_terminal_that_is_made_narrower_has_no_copies(home: Home, tmp_path: Pa
     home.wait_for(*(home.grafx.add("never") for _ in range(3)), *(f"no-such-task-{n}" for n in range(3)))
     run("-f", os.devnull, "new-session", "-d", "-x", "100", "-y", "20", *home.command(before=QUICK))
     try:
-        eventually(lambda: copies("asks in") == 1, "the live line")
+        eventually(lambda: copies("next poll") == 1, "the live line")
         tty = os.open(run("display-message", "-p", "#{pane_tty}").strip(), os.O_RDWR | os.O_NOCTTY)
         for width in (61, 39, 33, 20, 58, 31, 100, 24):
             run("resize-window", "-x", str(width))  # tmux tells its programs a little later
@@ -180,29 +186,6 @@ def test_a_terminal_that_is_made_narrower_has_no_copies(home: Home, tmp_path: Pa
         os.close(tty)
     finally:
         run("kill-server")
-
-
-def test_colours(home: Home, terminal: Callable[..., Terminal]) -> None:
-    """Of errors, warnings and deliveries, and only where they are wanted."""
-    home.wait_for(home.grafx.add(), home.grafx.add("expired"), "no-such-task", "..")
-    for env in ({}, {"NO_COLOR": ""}, {"NO_COLOR": "1"}):
-        shown = terminal(200, QUICK, "--once", **env)
-        shown.process.wait(60)
-        shown.look()
-        # From the second time on there is only what still waits.
-        coloured = re.findall(r"\x1b\[(\d+)m" + STAMP + r"(\w+) +(.*)\x1b\[0m", shown.raw.decode())
-        if env.get("NO_COLOR"):
-            assert coloured == []
-            assert b"m20" not in shown.raw
-            assert b"WARNING" in shown.raw
-        elif not env:
-            found = {(colour, level, text.split()[1].strip(":,")) for colour, level, text in coloured}
-            assert found == {
-                ("32", "INFO", "delivered"), ("31", "ERROR", "failed"),
-                ("33", "WARNING", "refused"), ("33", "WARNING", "task"),
-            }  # fmt: skip
-        else:
-            assert {level for _, level, _ in coloured} == {"WARNING"}
 
 
 def test_ctrl_s_holds_up_neither_deliveries_nor_the_stop(
@@ -220,11 +203,9 @@ def test_ctrl_s_holds_up_neither_deliveries_nor_the_stop(
     shown.look()
     assert len(shown.raw) == seen  # it is really held
     os.write(shown.ours, b"\x11")  # Ctrl-Q: all of it comes, and the line as it is now
-    eventually(lambda: (shown.look(), shown.raw.count(b" delivered: ") == 20)[1])
+    eventually(lambda: (shown.look(), shown.raw.count(b" delivered to ") == 20)[1])
     shown.shows("1 rendering .* last delivery")
     os.write(shown.ours, b"\x13")
     time.sleep(1)
-    began = time.monotonic()
     shown.process.send_signal(signal.SIGTERM)
-    assert shown.process.wait(30) == 0
-    assert time.monotonic() - began < 10
+    assert shown.process.wait(PATIENCE) == 0
