@@ -1,8 +1,9 @@
 """How fast the poller is, beside what one would have without it. Prints one table.
 
-    python tests/benchmark.py                 all of it, in about ten minutes
+    python tests/benchmark.py                 all of it, in about fifteen minutes
     python tests/benchmark.py --quick         a smoke test: smaller, and one run of each
     python tests/benchmark.py --only large    only that part; more than one may be given
+    python tests/benchmark.py --code FOLDER   the poller of another checkout
 
 Needs Linux, Debian's `nginx` and `curl`, and what the tests need. What is measured runs alone on one core,
 the servers on another one where there is one. A figure is the median of its runs; a ratio is made within
@@ -19,6 +20,7 @@ import os
 import platform
 import pty
 import re
+import select
 import shutil
 import signal
 import socket
@@ -37,6 +39,8 @@ from statistics import median
 from typing import Any, ClassVar
 from urllib.request import urlopen
 
+import trustme
+
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 TASKS = "/grafx/api/v1/environment/bench/output/tasks/"
@@ -46,6 +50,7 @@ DELAY = 0.05  # seconds that the far server takes for each answer
 AT_ONCE = 8
 RATE, BURST = 20, 10  # requests a second where GraFx limits them, and how many may come at once
 ALIVE: set[int] = set()  # processes that are measured now
+CODE = ROOT  # whose poller.py and db.py are measured, see --code
 SETTINGS = {"SERVER_ID": "id", "SERVER_SECRET": "secret", "ENVIRONMENT": "bench", "ON_DONE": ""}
 SETTINGS |= {"CONCURRENCY": str(AT_ONCE), "SERVER_SECRET_FILE": "", "HOME": "/nonexistent"}
 
@@ -57,6 +62,8 @@ class Size:
     runs: int = 5
     sweeps: tuple[int, ...] = (1000, 3000, 10_000)
     part: tuple[int, ...] = (200, 60, 20)  # of each sweep, for A
+    polls: int = 10_000
+    tls: int = 5000
     far: int = 1000
     files: int = 1000
     large: int = 512
@@ -65,7 +72,7 @@ class Size:
         *(1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20, 25, 30, 35, 40, 50, 60, 70, 80, 90, 100, 110, 120),
     )
     limited: int = 300
-    waiting: int = 20_000
+    pending: int = 20_000
     finished: int = 2000  # of them
     within: float = 180.0  # seconds
     adds: int = 30
@@ -73,8 +80,8 @@ class Size:
 
 
 QUICK = Size(
-    1, (100, 200, 400), (20, 10, 5), 50, 50, 16, 0.3, (1, 2),
-    limited=15, waiting=400, finished=30, within=3.0, adds=4, broken=1,
+    1, (100, 200, 400), (20, 10, 5), 200, 100, 50, 50, 16, 0.3, (1, 2),
+    limited=15, pending=400, finished=30, within=3.0, adds=4, broken=1,
 )  # fmt: skip
 
 
@@ -109,6 +116,29 @@ def seed(base_url: str, folder: Path, most: int) -> None:
         database.write_text(json.dumps(data, indent=4))
 
 
+def bare_loop(base_url: str, count: int, anew: bool) -> None:
+    """Polls as short as requests has them: by one session, or `anew`; prints the CPU seconds of each."""
+    import requests
+
+    def auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = "Bearer token"
+        return request
+
+    session = requests.Session()
+    for number in range(count + 20):
+        if number == 20:  # the first ones load modules, and connect
+            before = time.process_time()
+        url = f"{base_url}{TASKS}pending-{number}"
+        if anew:  # as the seed does
+            response = requests.get(url, headers={"Authorization": "Bearer token"}, timeout=60)
+        else:
+            response = session.get(url, auth=auth, stream=True, timeout=60)
+            response.raw.drain_conn()  # so that the connection can be used again
+        if response.status_code != 204:
+            raise SystemExit(f"answered {response.status_code}")
+    print((time.process_time() - before) / count)
+
+
 # --- servers ---------------------------------------------------------------------------------
 
 NGINX_PATH = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") or "nginx"
@@ -124,14 +154,20 @@ http {
     client_body_temp_path PLACE/body; proxy_temp_path PLACE/proxy; fastcgi_temp_path PLACE/fastcgi;
     uwsgi_temp_path PLACE/uwsgi; scgi_temp_path PLACE/scgi;
     sendfile on; tcp_nopush on; keepalive_requests 1000000; keepalive_timeout 600s;
+    ssl_certificate PLACE/server.pem; ssl_certificate_key PLACE/server.pem;
     server {
         listen 127.0.0.1:PORT;
+        listen 127.0.0.1:TLS ssl;
         root PLACE/files;
         location = /oauth/token {
             default_type application/json;
             return 200 '{"access_token": "token", "token_type": "Bearer", "expires_in": 86400}';
         }
         location ~ ^TASKSpending { return 204; }
+        location ~ ^TASKSlost {
+            default_type application/problem+json;
+            return 404 '{"title": "Not Found", "detail": "The task was not found."}';
+        }
         location ~ ^TASKS(.+)$ {
             default_type application/json;
             return 200 '{"data": {"taskId": "$1"}, "links": {"download": "http://127.0.0.1:PORT/files/$1"}}';
@@ -190,8 +226,13 @@ class Nginx(Server):
     """Fixed answers, so that the server is not what is measured."""
 
     def __init__(self, folder: Path, large: int) -> None:
-        place, port = folder / "nginx", free_port()
+        place, port, tls = folder / "nginx", free_port(), free_port()
         (place / "files").mkdir(parents=True)
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(place / "ca.pem")
+        issued = authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem
+        issued.write_to_path(place / "server.pem")
+        self.tls = {"BASEURL": f"https://127.0.0.1:{tls}", "REQUESTS_CA_BUNDLE": str(place / "ca.pem")}
         write_png(place / "files/small.png", 100_000)
         write_png(place / "files/large.png", large * MIB)
         self.limited = {status: free_port() for status in (429, 503)}
@@ -200,7 +241,7 @@ class Nginx(Server):
             for status, there in self.limited.items()
         ]
         text = NGINX.replace("LIMITED", "".join(limited))
-        words = {"PLACE": place, "PORT": port, "TASKS": TASKS, "RATE": RATE, "BURST": BURST}
+        words = {"PLACE": place, "PORT": port, "TLS": tls, "TASKS": TASKS, "RATE": RATE, "BURST": BURST}
         for word, value in words.items():
             text = text.replace(word, str(value))
         (place / "nginx.conf").write_text(text)
@@ -257,8 +298,8 @@ class Far(asyncio.Protocol):
     first kind is answered at once.
     """
 
-    first = asked = 0.0  # when the first request and the first question since the last report came in
-    questions: ClassVar[Counter[str]] = Counter()
+    first = polled = 0.0  # when the first request and the first poll since the last report came in
+    polls: ClassVar[Counter[str]] = Counter()
     url = ""
     file = b""
 
@@ -278,17 +319,17 @@ class Far(asyncio.Protocol):
         answer, delay, kind = b"", DELAY, "application/json"
         if path.startswith(TASKS):
             task_id = path.rpartition("/")[2]
-            Far.asked = Far.asked or time.time()
-            Far.questions[task_id] += 1
+            Far.polled = Far.polled or time.time()
+            Far.polls[task_id] += 1
             delay = 0.0 if task_id.startswith(("ready-", "old-")) else DELAY
             moment = int(task_id.split("-")[1]) if task_id.startswith(("ready-", "soon-")) else 0
             if 0 < moment <= time.time() * 1000:
                 answer = json.dumps({"links": {"download": f"{Far.url}/files/{task_id}"}}).encode()
         elif path == "/report":
-            seen = {"first": Far.first, "asked": Far.asked, "questions": Far.questions}
+            seen = {"first": Far.first, "polled": Far.polled, "polls": Far.polls}
             answer, delay = json.dumps(seen).encode(), 0.0
-            Far.first = Far.asked = 0.0
-            Far.questions.clear()
+            Far.first = Far.polled = 0.0
+            Far.polls.clear()
         elif path == "/oauth/token":
             answer, delay = b'{"access_token": "token", "expires_in": 86400}', 0.0
         else:
@@ -336,17 +377,27 @@ class Run:
     peak: float = 0.0  # MiB
     stood: list[float] = field(default_factory=list)  # seconds that the live line stood still, see `watch`
 
+    def note_peak(self) -> None:
+        """From its own high-water mark: `ru_maxrss` has that of the process that started it, too."""
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
+        self.peak = int(found[1]) / 1024 if found else self.peak  # a process that ends has none
+
     def wait(self) -> Run:
+        ended = os.pidfd_open(self.pid)
+        while not select.select([ended], [], [], 0.02)[0]:
+            self.note_peak()
+        os.close(ended)
         _, status, used = os.wait4(self.pid, 0)
         ALIVE.discard(self.pid)
         self.end = time.time()
-        self.cpu, self.peak = used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+        self.cpu = used.ru_utime + used.ru_stime
         if status:
             text = self.log.read_text(errors="replace")[-2000:]
             raise SystemExit(f"ended with {os.waitstatus_to_exitcode(status)}:\n{text}")
         return self
 
     def stop(self) -> Run:
+        self.note_peak()
         os.kill(self.pid, signal.SIGTERM)
         return self.wait()
 
@@ -385,15 +436,16 @@ def watch(run: Run, terminal: Any) -> None:
     with terminal, run.log.open("wb", buffering=0) as log, contextlib.suppress(OSError):
         while data := os.read(terminal.fileno(), 65536):
             log.write(data)
-            # The line is cleared before it is drawn, and before a line of the log is said.
-            *whole, text = (text + data).split(b"\x1b[J")
-            for shown in whole:
-                line = shown.rstrip(b"\r")
-                if b"\n" in line:
+            text, end = text + data, 0
+            # Between these two is the live line; a line of the log ends with \n.
+            for shown in re.finditer(rb"\x1b\[\?7l(.*?)\x1b\[\?7h|\n", text):
+                line, end = shown[1], shown.end()
+                if line is None:
                     since = since or time.time()
                 elif line and line != last:
                     run.stood += [time.time() - since] if since else []
                     last, since = line, 0.0
+            text = text[end:]
 
 
 @contextlib.contextmanager
@@ -415,7 +467,7 @@ def poller(server: Server, folder: Path, *arguments: str, terminal: bool = False
         **SETTINGS, "BASEURL": server.url, "TOKEN_URL": f"{server.url}/oauth/token",
         "DATABASE": str(folder / "database.json"), "ORDERS_DIR": str(folder / "orders"), **more,
     }  # fmt: skip
-    return start([sys.executable, ROOT / "poller.py", *arguments], folder, env, terminal)
+    return start([sys.executable, CODE / "poller.py", *arguments], folder, env, terminal)
 
 
 def seed_loop(server: Server, folder: Path, most: int) -> Run:
@@ -433,7 +485,7 @@ def curl(folder: Path, urls: Sequence[str]) -> Run:
     return start(command, folder)
 
 
-def waiting(folder: Path) -> int:
+def pending(folder: Path) -> int:
     return len(json.loads((folder / "database.json").read_text())["orders"])
 
 
@@ -526,7 +578,7 @@ class Bench:
     table: Table = field(default_factory=Table)
 
     def sweep(self) -> None:
-        """Pending orders: each is asked about once, and all are still there."""
+        """Pending orders: each is polled once, and all are still there."""
         size = self.size
         took: dict[tuple[str, int], list[float]] = {}
         cpu: dict[tuple[str, int], list[float]] = {}
@@ -545,7 +597,7 @@ class Bench:
                     note("A", seed_loop(self.nginx, folder, part), part, count)
                 with home(self.folder, tasks) as folder:
                     note("", poller(self.nginx, folder, "--once"), count, count)
-                    expect(waiting(folder) == count, "a pending order is gone")
+                    expect(pending(folder) == count, "a pending order is gone")
                 with home(self.folder) as folder:
                     note("B", curl(folder, [self.nginx.url + TASKS + task for task in tasks]), count, count)
         small, *_, large = size.sweeps
@@ -553,38 +605,70 @@ class Bench:
             own, ours = took["", count], middle(took["", count], "s")
             what, ratio = f"sweep of {count:,} pending orders", ratios(took["A", count], own)
             beside = f"A {middle(took['A', count], 's')}{'' if part == count else f', from {part}'}"
-            self.table.add(what, ours, beside, ratio, least=10 if count == small else None)
+            self.table.add(what, ours, beside, ratio, least=8 if count == small else None)
             self.table.add("", "", f"B {middle(took['B', count], 's')}", ratios(own, took["B", count]))
         each = {count: [seconds / count for seconds in took["", count]] for count in size.sweeps}
         self.table.add(
             f"  time per order beside {small:,}'s", middle(each[large], "ms"), middle(each[small], "ms"),
             ratios(each[large], each[small]), most=1.2,
         )  # fmt: skip
-        each_cpu = self.questions(large)
         self.table.add(
-            "CPU per question", middle(each_cpu, "ms"),
-            f"A {middle(cpu['A', small], 'ms')}, B {middle(cpu['B', large], 'ms')}",
-            each_cpu, "ms", most=0.0005,
+            "  CPU per poll, with start and log", middle(cpu["", large], "ms"),
+            f"A {middle(cpu['A', small], 'ms')}, B {middle(cpu['B', large], 'ms')}", cpu["", large], "ms",
         )  # fmt: skip
-        self.table.add(
-            "  of --once, with start and log", middle(cpu["", large], "ms"), "", cpu["", large], "ms"
-        )
 
-    def questions(self, count: int) -> list[float]:
-        """CPU seconds per question of a daemon that has more pending orders than it can ask about."""
-        with home(self.folder, names("pending", count)) as folder:
-            progress(f"{count} orders, asked about again and again")
-            run, spells = poller(self.nginx, folder, POLL_INTERVAL="0.1"), []
-            for _ in range(6):
-                asked, before = 0, cpu_of(run.pid)
-                while asked < count:
+    def polls(self) -> None:
+        """CPU of a daemon that has more pending orders than it can poll, in turns with bare loops."""
+        count, own = self.size.polls, list[float]()
+        loops: dict[str, list[float]] = {"session": [], "anew": []}
+        with home(self.folder, names("pending", count)) as folder, home(self.folder) as bare:
+            daemon = poller(self.nginx, folder, POLL_INTERVAL="0.1")
+            for turn in range(self.size.runs + 1):
+                progress(f"{count} polls, {turn} of {self.size.runs}")
+                polled, before = 0, cpu_of(daemon.pid)
+                while polled < count:
                     time.sleep(0.2)
-                    asked += len(self.nginx.times(TASKS))
-                spells.append((cpu_of(run.pid) - before) / asked)
-            run.stop()
+                    polled += len(self.nginx.times(TASKS))
+                own.append((cpu_of(daemon.pid) - before) / polled)
+                if turn:
+                    os.kill(daemon.pid, signal.SIGSTOP)
+                    for how, spells in loops.items():
+                        command = [sys.executable, __file__, "--loop", self.nginx.url, str(count), how]
+                        spells.append(float(start(command, bare).wait().log.read_text()))
+                    self.nginx.times(TASKS)
+                    os.kill(daemon.pid, signal.SIGCONT)
+            daemon.stop()
             while self.nginx.times(TASKS):  # what was on its way is logged a little later
                 time.sleep(0.5)
-        return spells[1:]  # the first one has the start and a log line for each order
+        del own[0]  # it has the start and a log line for each order
+        self.table.add(
+            "CPU per poll", middle(own, "ms"), f"Session.get {middle(loops['session'], 'ms')}",
+            ratios(own, loops["session"]), most=1.4,
+        )  # fmt: skip
+        self.table.add(
+            "", "", f"requests.get {middle(loops['anew'], 'ms')}", ratios(own, loops["anew"]), below=0.7
+        )
+
+    def tls(self) -> None:
+        """Polls over TLS, of which one in ten gets a 404, beside those that all get a 204."""
+        count = self.size.tls
+        tasks = {"204": names("pending", count), "404": names("pending", count - count // 10)}
+        for place, task_id in enumerate(names("lost", count // 10)):
+            tasks["404"].insert(place * 10, task_id)
+        cpu: dict[str, list[float]] = {"204": [], "404": []}
+        for turn in range(self.size.runs):
+            progress(f"{count} polls over TLS, {turn + 1} of {self.size.runs}")
+            for what, each in cpu.items():
+                with home(self.folder, tasks[what]) as folder:
+                    run = poller(self.nginx, folder, "--once", terminal=False, **self.nginx.tls).wait()
+                    answers = Counter(status for _, status in self.nginx.seen(TASKS))
+                    expect(answers[404] == (what == "404") * (count // 10), "a 404 is missing")
+                    expect(answers.total() == count == pending(folder), "a poll or an order is missing")
+                    each.append(run.cpu / count)
+        self.table.add(
+            "CPU per poll over TLS, 1 in 10 a 404", middle(cpu["404"], "ms"),
+            f"all get a 204 {middle(cpu['204'], 'ms')}", ratios(cpu["404"], cpu["204"]), most=1.5,
+        )  # fmt: skip
 
     def delay(self) -> None:
         """Pending orders at a server that is not near."""
@@ -595,8 +679,8 @@ class Bench:
                 report(self.far)
                 run = poller(self.far, folder, "--once").wait()
                 seen = report(self.far)
-                expect(sum(seen["questions"].values()) == count, "a question is missing")
-                took.append(run.end - seen["asked"])
+                expect(sum(seen["polls"].values()) == count, "a poll is missing")
+                took.append(run.end - seen["polled"])
         ideal = count * DELAY / AT_ONCE
         self.table.add(
             f"{count:,} pending, {DELAY * 1000:.0f} ms away", middle(took, "s"),
@@ -605,7 +689,7 @@ class Bench:
         )  # fmt: skip
 
     def deliver(self) -> None:
-        """Finished orders: question, download, and ours durable."""
+        """Finished orders: poll, download, and ours durable."""
         count = self.size.files
         tasks = names("small", count)
         took: dict[str, list[float]] = {"A": [], "": [], "B": []}
@@ -622,7 +706,7 @@ class Bench:
                 note("A", seed_loop(self.nginx, folder, count), folder)
             with home(self.folder, tasks) as folder:
                 note("", poller(self.nginx, folder, "--once"), folder)
-                expect(waiting(folder) == 0, "a delivered order is still there")
+                expect(pending(folder) == 0, "a delivered order is still there")
             with home(self.folder) as folder:
                 note("B", curl(folder, [f"{self.nginx.url}/files/{task}" for task in tasks]), folder)
         own = took[""]
@@ -630,7 +714,7 @@ class Bench:
             f"{count:,} finished, 100 kB, fsynced", middle(own, "s"), f"A {middle(took['A'], 's')}, no fsync",
             ratios(took["A"], own), least=2,
         )  # fmt: skip
-        self.table.add("", "", f"B {middle(took['B'], 's')}, no question", ratios(own, took["B"]), most=4)
+        self.table.add("", "", f"B {middle(took['B'], 's')}, no poll", ratios(own, took["B"]))
 
     def large(self) -> None:
         """One large file."""
@@ -680,16 +764,16 @@ class Bench:
             took[""], "ms", below=0.3,
         )  # fmt: skip
 
-    def wait(self) -> None:
+    def idle(self) -> None:
         """A daemon with many orders that are not due; beside it, one with some that render."""
         size, count = self.size, self.size.sweeps[-1]
         with home(self.folder, names("pending", count)) as idle, home(self.folder) as busy:
-            progress(f"{count} orders waiting")
+            progress(f"{count} orders pending")
             sleeper = poller(self.nginx, idle, POLL_INTERVAL="3600")
-            asker = poller(self.far, busy)
-            asked = 0
-            while asked < count:
-                asked += len(self.nginx.times(TASKS))
+            renderer = poller(self.far, busy)
+            polled = 0
+            while polled < count:
+                polled += len(self.nginx.times(TASKS))
                 time.sleep(0.2)
             report(self.far)
             ready = place_orders(busy / "database.json", size.renders)
@@ -701,19 +785,19 @@ class Bench:
                 time.sleep(step)
                 spells.append((cpu_of(sleeper.pid) - before) / step)
             deadline = time.monotonic() + 2 * max(size.renders) + 20
-            while waiting(busy) and time.monotonic() < deadline:
+            while pending(busy) and time.monotonic() < deadline:
                 time.sleep(0.5)
-            expect(waiting(busy) == 0, "an order is never delivered")
-            asker.stop()
+            expect(pending(busy) == 0, "an order is never delivered")
+            renderer.stop()
             peak = sleeper.stop().peak
-            questions = report(self.far)["questions"]
+            polls = report(self.far)["polls"]
             late: dict[int, list[float]] = {}
             for task_id, (moment, render, batch) in ready.items():
                 # A rename sets ctime: so that is when the file had its final name.
                 here = (busy / "orders" / f"{task_id}.png").stat().st_ctime
                 late.setdefault(batch, []).append((here - moment) / (render / 4 + 2))
         self.table.add(
-            f"{count:,} waiting: peak memory", f"{peak:.1f} MiB", "", [peak], "MiB", below=64, judged=max
+            f"{count:,} pending: peak memory", f"{peak:.1f} MiB", "", [peak], "MiB", below=64, judged=max
         )
         self.table.add(
             f"  CPU of a core, {5 * step:.0f} s idle", f"{sum(spells) / 5 * 100:.2f} %", "",
@@ -723,14 +807,14 @@ class Bench:
             f"renders of {min(size.renders)} to {max(size.renders)} s: lateness", "", "25 % of render + 2 s",
             [max(values) for values in late.values()], most=1, judged=max,
         )  # fmt: skip
-        each = sum(questions.values()) / len(ready)
+        each = sum(polls.values()) / len(ready)
         loop = sum(-(-render // 2) + 1 for _, render, _ in ready.values()) / len(ready)
         self.table.add(
-            "  questions per order", f"{each:.1f}", f"{loop:.1f} every 2 s", [loop / each],
+            "  polls per order", f"{each:.1f}", f"{loop:.1f} every 2 s", [loop / each],
         )  # fmt: skip
 
     def limit(self) -> None:
-        """Finished orders at a server that takes only so many requests a second, and refuses the rest."""
+        """Finished orders at a server that takes only so many requests a second; else it is 429 or 503."""
         count, took, refused = self.size.limited, [], []
         ideal = (2 * count - BURST) / RATE
         for turn in range(2 if self.size.runs > 2 else 1):
@@ -743,11 +827,11 @@ class Bench:
                     run = poller(self.nginx, folder, BASEURL=url, TOKEN_URL=self.nginx.url + "/oauth/token")
                     runs.append((status, folder, run))
                 deadline = time.monotonic() + 10 * ideal + 20
-                while any(waiting(folder) for _, folder, _ in runs) and time.monotonic() < deadline:
+                while any(pending(folder) for _, folder, _ in runs) and time.monotonic() < deadline:
                     time.sleep(0.2)
                 for status, folder, run in runs:
                     run.stop()
-                    left = waiting(folder)
+                    left = pending(folder)
                     if left:
                         progress(f"{left} of {count} are still not delivered where {status} is answered")
                     seen = self.nginx.seen("/", f"times-{status}")
@@ -762,22 +846,22 @@ class Bench:
             f"({2 * count} - {BURST}) / {RATE} = {ideal:.1f} s",
             [seconds / ideal for seconds in took], most=1.5, judged=max,
         )  # fmt: skip
-        self.table.add("  requests refused", "", "429 or 503", refused, "%", most=0.2, judged=max)
+        self.table.add("  requests answered 429 or 503", "", "of all", refused, "%", most=0.2, judged=max)
 
     def many(self) -> None:
-        """Many waiting orders, of which some finish; beside it the same, where none of them does."""
-        size, old = self.size, names("old", self.size.waiting - self.size.finished)
+        """Many pending orders, of which some finish; beside it the same, where none of them does."""
+        size, old = self.size, names("old", self.size.pending - self.size.finished)
         with home(self.folder, old) as busy, home(self.folder, old) as still, home(self.folder) as third:
-            progress(f"{size.waiting} orders waiting, {size.finished} finished in {size.within:.0f} s")
+            progress(f"{size.pending} orders pending, {size.finished} finished in {size.within:.0f} s")
             alone = [add_order(busy, f"alone-{number}") for number in range(size.adds)]
             reader = poller(self.far, busy, terminal=True, POLL_INTERVAL="3600", COLUMNS="200")
             beside = poller(self.far, still, terminal=True, POLL_INTERVAL="3600", COLUMNS="200")
             report(self.far)
             idler = poller(self.far, third)
-            asked = 0
-            while asked < 2 * len(old) + size.adds:
+            polled = 0
+            while polled < 2 * len(old) + size.adds:
                 time.sleep(0.2)
-                asked += sum(report(self.far)["questions"].values())
+                polled += sum(report(self.far)["polls"].values())
             now, step = time.time(), size.within / size.finished
             moments = [int((now + 1 + number * step) * 1000) for number in range(size.finished)]
             type_orders(
@@ -798,16 +882,16 @@ class Bench:
             until(lambda: files(busy) >= size.finished / 4 and reader.stood, "few files were delivered")
             until(lambda: "line 1" in idler.log.read_text(), "a broken file is not noticed")
             cpu = [cpu_of(run.pid) - start for run, start in zip(runs, before, strict=True)]
-            seconds, questions = time.time() - began, report(self.far)["questions"]
+            seconds, polls = time.time() - began, report(self.far)["polls"]
             peak = reader.stop().peak
             idler.stop()
             beside.stop()
-        theirs = sum(count for task, count in questions.items() if task.startswith("soon-0-"))
-        ours = sum(questions.values()) - theirs
+        theirs = sum(count for task, count in polls.items() if task.startswith("soon-0-"))
+        ours = sum(polls.values()) - theirs
         above = (cpu[0] - cpu[1] * ours / theirs) / seconds
         pauses = sorted(reader.stood)
         self.table.add(
-            f"{size.waiting:,} waiting, {size.finished:,} finished", f"{cpu[0] / seconds * 100:.1f} %",
+            f"{size.pending:,} pending, {size.finished:,} finished", f"{cpu[0] / seconds * 100:.1f} %",
             f"{cpu[1] / seconds * 100:.1f} %, none finished", [above], "%", most=0.12,
         )  # fmt: skip
         self.table.add(
@@ -833,7 +917,7 @@ def files(folder: Path) -> int:
 def add_order(folder: Path, task_id: str) -> float:
     """Seconds that `db.py add` takes."""
     env = {"DATABASE": str(folder / "database.json"), "HOME": "/nonexistent"}
-    run = start([sys.executable, ROOT / "db.py", "add", task_id], folder / "adds", env).wait()
+    run = start([sys.executable, CODE / "db.py", "add", task_id], folder / "adds", env).wait()
     return run.end - run.start
 
 
@@ -850,7 +934,7 @@ def type_orders(folder: Path, task_ids: Sequence[str], oldest: float) -> None:
 
 def place_orders(database: Path, renders: Sequence[int]) -> dict[str, tuple[float, int, int]]:
     """Place an order for each render time, five times; gives its moment, render time and batch."""
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(CODE))
     import db
 
     ready = {}
@@ -874,7 +958,7 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 # --- python tests/benchmark.py ---------------------------------------------------------------
 
-PARTS = ("start", "sweep", "delay", "deliver", "large", "wait", "limit", "many")
+PARTS = ("start", "sweep", "polls", "tls", "delay", "deliver", "large", "idle", "limit", "many")
 
 
 def about(folder: Path, size: Size) -> list[str]:
@@ -903,14 +987,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smoke test: smaller, and one run of each")
     parser.add_argument("--only", choices=PARTS, action="append", help="only this part; may be repeated")
+    parser.add_argument("--code", type=Path, default=ROOT, help="where the poller is that is measured")
     # What the benchmark starts of itself.
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--seed", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--loop", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    global CODE
+    CODE = given.code.resolve()
     if given.serve:
         asyncio.run(Far.serve(given.serve))
     elif given.seed:
         seed(given.seed[0], Path(given.seed[1]), int(given.seed[2]))
+    elif given.loop:
+        bare_loop(given.loop[0], int(given.loop[1]), given.loop[2] == "anew")
     else:
         measure(QUICK if given.quick else Size(), given.only or PARTS)
 

@@ -588,7 +588,8 @@ class Sandbox:
 
         reset, close           no answer; with at=N the head and N bytes of the body first
         hang                   nothing, for `after` seconds or until the sandbox stops; then the end
-        trickle, trickle-body  one byte each `pace` seconds (0.2), a head that never ends / the right body
+        trickle, trickle-body  one byte each `pace` seconds (0.2), a head without end, or for `after` seconds
+                               and then the connection's end / the right body
         status-NNN             problem details; retry_after=, body=, content_type=
         500-plain, 500-empty   HTML / nothing
         500-aspnet             the problem details that ASP.NET sends for its own faults
@@ -934,7 +935,10 @@ class Sandbox:
                 return self._drip(connection, slices(right.body, 1), option.get("pace", 0.2))
             case "trickle":
                 endless = itertools.chain(head(right, size)[:-2], b"X-Padding: ", itertools.repeat(ord("a")))
-                return self._drip(connection, (bytes((byte,)) for byte in endless), option.get("pace", 0.2))
+                pace, parts = option.get("pace", 0.2), (bytes((byte,)) for byte in endless)
+                number = None if fault.after is None else round(fault.after / pace)
+                self._drip(connection, itertools.islice(parts, number), pace)
+                return False
             case "length-long" | "length-short":
                 long = fault.name == "length-long"
                 connection.sendall(head(right, size + 1000 if long else size - size // 4))
@@ -1133,28 +1137,28 @@ def stop(poller: subprocess.Popen[bytes]) -> None:
 def summarize(grafx: Sandbox, folder: Path, orders: dict[str, str], bad: set[str]) -> bool:
     """Print what became of the orders. Returns whether it is what had to become of them."""
     state = read_state(folder / "database.json") or {"orders": {}, "failed": {}}
-    files, handed_over = (
+    files, done = (
         {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(place.iterdir())}
-        for place in (folder / "orders", folder / "handed-over")
+        for place in (folder / "orders", folder / "done")
     )
     wanted = {task_id: grafx.sha256(task_id) for task_id in orders if task_id not in bad}
     missing = [task_id for task_id, digest in wanted.items() if digest not in files.values()]
-    waiting = [task_id for task_id, digest in wanted.items() if digest not in handed_over.values()]
+    waiting = [task_id for task_id, digest in wanted.items() if digest not in done.values()]
 
     print(f"\nDelivered: {len(wanted) - len(missing)} of {len(wanted)}")
     for task_id in missing:
         print(f"  missing, or not the file that was sent: {task_id} ({orders[task_id]})")
-    print(f"Handed over by ON_DONE: {len(wanted) - len(waiting)} of {len(wanted)}")
+    print(f"ON_DONE ran for: {len(wanted) - len(waiting)} of {len(wanted)}")
     for task_id in waiting:
-        print(f"  not handed over: {task_id} ({orders[task_id]})")
+        print(f"  ON_DONE did not run: {task_id} ({orders[task_id]})")
     print(f"Failed: {len(state['failed'])}, expected {len(bad)}")
     for task_id, entry in state["failed"].items():
         reason = entry.get("error") if isinstance(entry, dict) else None
         print(f"  {task_id} ({orders.get(task_id, 'not ours')}): {reason or json.dumps(entry)}")
-    print(f"The files are in {folder / 'orders'}, and copies in {folder / 'handed-over'}")
+    print(f"The files are in {folder / 'orders'}, and copies in {folder / 'done'}")
     for path in files:
         print(f"  {path.stat().st_size:>9,}  {path.relative_to(folder / 'orders')}")
-    whole = not missing and not waiting and len(files) == len(handed_over) == len(wanted)
+    whole = not missing and not waiting and len(files) == len(done) == len(wanted)
     return whole and set(state["failed"]) == bad and not state["orders"]
 
 
@@ -1166,9 +1170,9 @@ def run_poller() -> int:
         print(f"{len(orders)} orders are in {folder / 'database.json'}:")
         for task_id, what in orders.items():
             print(f"  {task_id}  {what}")
-        (folder / "handed-over").mkdir()
-        on_done = f"cp {{}} {shlex.quote(str(folder / 'handed-over'))}"
-        print(f"Each file goes on to ON_DONE={on_done}")
+        (folder / "done").mkdir()
+        on_done = f"cp {{}} {shlex.quote(str(folder / 'done'))}"
+        print(f"Each file is given to ON_DONE={on_done}")
         print("Now the poller. Ctrl-C stops both.\n", flush=True)
 
         hurry = {"POLL_INTERVAL": "5", "GIVE_UP_AFTER": "3", "ON_DONE": on_done}

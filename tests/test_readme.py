@@ -183,7 +183,7 @@ def test_the_picture_is_what_the_first_command_shows(tried: tuple[int, str]) -> 
     begins = r"\n(?=\d{4}-\d\d-\d\d |[0-9a-f]{8} )"  # other rows go on with what does not fit into one
     lines = re.split(begins, PICTURE.strip("\n"))
     assert not [line for line in lines if alike(line) not in shown]
-    for what in (" delivered: ", " failed, ", r" \d+% of "):
+    for what in (" delivered to ", r" failed \(project ", r" \d+% of "):
         assert re.search(what, PICTURE.replace("\n", "")), what
 
 
@@ -212,15 +212,15 @@ def test_with_your_own_environment(set_up: Place, grafx: Sandbox, tmp_path: Path
     place.type(ADD, TASK_ID=first, PROJECT_ID="a-project")
     log = tmp_path / "log"
     with place.typed(POLL, log) as process:
-        eventually(lambda: f"{first} delivered: " in log.read_text())
+        eventually(lambda: f"{first} delivered to " in log.read_text())
     assert process.returncode == 0, log.read_text()
     place.type(ADD, TASK_ID=second, PROJECT_ID="a-project")
     place.type(ADD, TASK_ID=late, PROJECT_ID="a-project")
-    assert "asked about 2: 1 delivered, 1 rendering\n" in place.type(ONCE)
+    assert "polled 2 orders: 1 delivered, 1 rendering\n" in place.type(ONCE)
     for task_id in (first, second):
         assert (place.folder / "orders" / f"{task_id}.png").read_bytes() == grafx.body(task_id)
     place.type(ADD, TASK_ID=failed, PROJECT_ID="a-project")
-    assert "asked about 2: 1 rendering, 1 failed" in place.type(ONCE, code=1)
+    assert "polled 2 orders: 1 rendering, 1 failed" in place.type(ONCE, code=1)
     assert "-v, --verbose" in place.type(f"{POLL} --help")
     place.fill_in({"POLL_INTERVAL": "often"})
     place.type(CHECK, code=78)
@@ -250,17 +250,17 @@ def test_a_grafx_to_play_with(place: Place, tried: object, tmp_path: Path) -> No
 def test_how_orders_get_in(set_up: Place, grafx: Sandbox) -> None:
     place, task_id = set_up, grafx.add()
     state: Callable[[], Any] = lambda: read_state(place.folder / "database.json")  # noqa: E731
-    assert f"{task_id} waits now" in place.type(ADD, TASK_ID=task_id, PROJECT_ID="a-project")
+    assert f"{task_id} is pending now" in place.type(ADD, TASK_ID=task_id, PROJECT_ID="a-project")
     assert state()["orders"][task_id]["projectID"] == "a-project"
     place.type(ONCE)
     downloads = [request.what for request in grafx.requests].count("download")
     assert f"{task_id} was delivered at " in place.type(ADD, code=1, TASK_ID=task_id, PROJECT_ID="a-project")
 
-    # What was delivered is only taken out again, also where its file is gone; on purpose it is had again.
+    # What was delivered is only removed again, also where its file is gone; on purpose it is delivered again.
     file = place.folder / "orders" / f"{task_id}.png"
     file.unlink()
     (place.folder / "database.json").write_text(json.dumps({"orders": [task_id], "failed": {}}))
-    assert "brought back, by hand or by a store; taken out" in place.type(ONCE)
+    assert "re-added although delivered; removed again" in place.type(ONCE)
     assert not state()["orders"]
     assert [request.what for request in grafx.requests].count("download") == downloads
     assert not file.exists()
@@ -276,11 +276,11 @@ def test_how_orders_get_in(set_up: Place, grafx: Sandbox) -> None:
         records = {key: {"status": status, "failed": when} for key, (when, status) in failed.items()}
         (place.folder / "database.json").write_text(json.dumps({"orders": {}, "failed": records}))
 
-    for command, back in ((RETRY, {"old"}), (RETRY_ALL, set(failed)), (RETRY_SOME, {"new"})):
+    for command, back in ((RETRY, {"old"}), (RETRY_ALL, set(failed)), (RETRY_SOME, {"gone", "new"})):
         fail()
         listed = place.type(LIST)
         assert "3 failed" in listed
-        assert "2 delivered in the last 24 hours" in listed
+        assert "1 delivered in the last 24 hours" in listed
         place.type(command.replace("TASK_ID", "old"))
         assert state()["orders"].keys() == back
         assert state()["failed"].keys() == failed.keys() - back
@@ -311,38 +311,41 @@ def test_each_use_of_on_done_is_run_by_its_own_tests() -> None:
 # --- what GraFx answers ----------------------------------------------------------------------
 
 ANSWERS = {cells[1].partition(";")[0].split(":")[0].split(",")[0]: cells[0]
-           for cells in rows(section("What GraFx answers, and what becomes of the order"))}  # fmt: skip
+           for cells in rows(section("What GraFx answers, and what happens to the order"))}  # fmt: skip
 PROBLEM = b'{"title": "A reason", "status": "500"}'
 
 
 def said(status: int, reason: bool) -> str:
-    """What the table says of an answer to the question."""
-    refused, waits = ANSWERS["is refused"], ANSWERS["is not to blame"]
+    """What the table says about an answer to a poll."""
+    rejected, later = ANSWERS["is rejected"], ANSWERS["cannot be polled"]
+    if status in (202, 204):
+        assert str(status) in ANSWERS["renders"]
+        return "renders"
     if status == 500:
-        assert "500 with a reason" in refused
-        assert "500 without a reason" in waits
-        return "refused" if reason else "waits"
-    named = {text: set(map(int, re.findall(r"\b(\d{3})\b(?! with)", text))) for text in (refused, waits)}
-    assert not named[waits] & named[refused]
-    if status in named[waits]:
-        return "waits"
-    if status in named[refused]:
-        return "refused"
+        assert "500 with a reason" in rejected
+        assert "500 without a reason" in later
+        return "rejected" if reason else "retried"
+    named = {text: set(map(int, re.findall(r"\b(\d{3})\b(?! with)", text))) for text in (rejected, later)}
+    assert not named[later] & named[rejected]
+    if status in named[later]:
+        return "retried"
+    if status in named[rejected]:
+        return "rejected"
     if status // 100 == 4:
-        assert "any other 4xx" in refused
-        return "refused"
-    assert "any other 5xx" in waits
-    assert "any other answer" in waits
-    return "waits"
+        assert "any other 4xx" in rejected
+        return "rejected"
+    assert "any other 5xx" in later
+    assert "any other answer" in later
+    return "retried"
 
 
-def what_becomes(grafx: chili.GraFx, task_id: str, folder: Path) -> str:
+def what_happens(grafx: chili.GraFx, task_id: str, folder: Path) -> str:
     try:
         return "delivered" if chili.order_done(task_id, grafx, folder) else "renders"
-    except chili.OrderRefused as error:
-        return "failed" if error.final else "refused"
-    except chili.AskAgainLater:
-        return "waits"
+    except chili.TaskRejected as error:
+        return "failed" if error.final else "rejected"
+    except chili.TryAgainLater:
+        return "retried"
 
 
 def test_each_status_does_what_the_table_says(
@@ -360,10 +363,9 @@ def test_each_status_does_what_the_table_says(
     wrong = []
     for status in (201, 202, 203, 205, 206, 300, 304, *range(400, 600)):
         for reason in (True, False):
-            if status != 401:  # its row is not the answer's alone, see test_identity.py
-                grafx.pace = chili.Pace()  # else a 429 slows down all that follow
-                came = what_becomes(grafx, f"{status}-{reason}", tmp_path)
-                wrong += [(status, reason, came)] * (came != said(status, reason))
+            grafx.pace = chili.Pace()  # else a 429 slows down all that follow
+            came = what_happens(grafx, f"{status}-{reason}", tmp_path)
+            wrong += [(status, reason, came)] * (came != said(status, reason))
     assert not wrong
 
 
@@ -386,22 +388,23 @@ def test_what_the_table_says_in_words(
     given = grafx.settings(tmp_path)
     one = chili.GraFx(given["BASEURL"], given["ENVIRONMENT"], given["TOKEN_URL"], given["SERVER_ID"],
                       given["SERVER_SECRET"])  # fmt: skip
-    came = what_becomes(one, task_id, tmp_path)
-    assert came == {"is refused": "refused", "has failed at once": "failed", "is not to blame": "waits"}[row]
+    came = what_happens(one, task_id, tmp_path)
+    assert came == {"is rejected": "rejected", "fails at once": "failed", "cannot be polled": "retried"}[row]
 
 
 def test_the_table_knows_every_status_that_is_tried_as_a_fault() -> None:
     """What comes of each in the whole poller stands there, and is nothing else."""
     for label, fault, options, task, _, _ in FAULTS:
-        if (found := re.fullmatch(r"status-(\d+)", fault)) and found[1] != "401":
+        if found := re.fullmatch(r"status-(\d+)", fault):
             body = options.get("body", PROBLEM)
-            end = "refused" if task.startswith("failed") else "waits"
+            end = "rejected" if task.startswith("failed") else "retried"
+            end = "renders" if found[1] in ("202", "204") else end
             assert said(int(found[1]), body.startswith(b"{")) == end, label
 
 
 def test_the_numbers_in_its_words_are_those_of_the_code() -> None:
-    text = section("What GraFx answers, and what becomes of the order")
-    assert (poller.SHORTEST_PAUSE, poller.REFUSALS, chili.LONGEST_PAUSE) == (2, 3, 300)
+    text = section("What GraFx answers, and what happens to the order")
+    assert (poller.SHORTEST_PAUSE, poller.REJECTIONS, chili.LONGEST_RETRY_AFTER) == (2, 3, 300)
     for words in ("2 s at least", "at least three times", "up to 5 minutes"):
         assert words in text
     (others,) = re.findall(r"TASK_ID\.png` \(([\w, ]+)\)", text)
@@ -441,11 +444,11 @@ def test_the_least_and_the_most_of_a_setting(name: str) -> None:
 
 def test_its_figures_are_what_the_long_runs_printed() -> None:
     (figures,) = re.findall(r"In figures: (.*?) \[", README, re.DOTALL)
-    kills, orders, cpu, waiting, memory = re.findall(r"\d[\d,.]*\d", figures)
+    kills, orders, cpu, pending, memory = re.findall(r"\d[\d,.]*\d", figures)
     assert f"{kills.replace(',', '')} kills, seed 1: {orders.replace(',', '')} orders" in TESTS_README
-    assert re.search(rf"^CPU per question +{re.escape(cpu)} ms ", TESTS_README, re.MULTILINE)
+    assert re.search(rf"^CPU per poll +{re.escape(cpu)} ms ", TESTS_README, re.MULTILINE)
     assert re.search(
-        rf"^{waiting} waiting: peak memory +{re.escape(memory)} MiB ", TESTS_README, re.MULTILINE
+        rf"^{pending} pending: peak memory +{re.escape(memory)} MiB ", TESTS_README, re.MULTILINE
     )
 
 

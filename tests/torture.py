@@ -33,11 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from conftest import Home, Running, eventually
 from sandbox import Fault, Sandbox
-from test_faults import FAULTS, FINAL, HELD, JSON_REFUSAL, now
+from test_faults import FAULTS, FINAL, HELD, JSON_REJECTION, now
 
 import db
 
-WAITING = 150  # orders that wait at any time of a kill campaign
+PENDING = 150  # orders that are pending at any time of a series of kills
 MIB = 1 << 20
 
 
@@ -86,7 +86,7 @@ class Lines:
         return whole.splitlines()
 
 
-class Campaign:
+class Kills:
     """Orders that finish all the time, and a poller that is killed all the time."""
 
     def __init__(self, folder: Path, grafx: Sandbox, seed: int) -> None:
@@ -119,7 +119,7 @@ class Campaign:
         return task_id
 
     def fill(self) -> None:
-        new = [self.new() for _ in range(WAITING - len(self.placed - self.done))]
+        new = [self.new() for _ in range(PENDING - len(self.placed - self.done))]
         old = self.chance.sample(sorted(self.done), min(len(self.done), self.chance.choice((0, 0, 1, 10))))
         self.back += len(old)
         place(self.home, new + old)
@@ -168,9 +168,9 @@ class Campaign:
                     command.kill()
         eventually(lambda: not any(map(runs, commands)), "commands that go on alone come to their end")
         hit = self.look()
-        assert len(set(self.ended)) == len(self.ended), f"handed over twice by one poller: {self.ended}"
+        assert len(set(self.ended)) == len(self.ended), f"ON_DONE ran twice in one poller: {self.ended}"
         assert not self.runs.keys() & set(self.ended) - self.hit.keys(), (
-            "handed over after the line was there"
+            "ON_DONE ran after the line was there"
         )
         self.hit.update(hit)
         self.alone += len(hit - ended)
@@ -181,7 +181,7 @@ class Campaign:
         """What must hold at any time, whatever was killed."""
         data = json.loads(self.home.database.read_bytes())
         assert not data["failed"], data["failed"]
-        waiting = set(data["orders"])
+        pending = set(data["orders"])
         visible = [path for path in self.home.orders.iterdir() if not path.name.startswith(".")]
         files = {path.stem: path for path in visible}
         assert len(files) == len(visible), f"one order, two files: {sorted(path.name for path in visible)}"
@@ -193,10 +193,10 @@ class Campaign:
             assert path.read_bytes() == self.grafx.body(path.stem), f"{path.name} is not what was served"
             path.unlink()
             self.taken.add(path.stem)
-        out = self.placed - self.done - waiting
+        out = self.placed - self.done - pending
         lost = out - files.keys() - self.taken
         assert not lost, f"lost: {sorted(lost)}"
-        assert out <= self.runs.keys(), f"not handed over: {sorted(out - self.runs.keys())}"
+        assert out <= self.runs.keys(), f"ON_DONE did not run: {sorted(out - self.runs.keys())}"
         assert out <= self.listed, f"not noted as delivered: {sorted(out - self.listed)}"
         for task_id in out:
             self.done.add(task_id)
@@ -206,9 +206,9 @@ class Campaign:
         half = hidden(self.home.orders)
         self.left["a half-written file"] += bool(half)
         self.left["a half-written database.json beside the whole one"] += bool(hidden(self.home.folder))
-        self.left["a delivered file whose order still stood in database.json"] += bool(waiting & set(files))
+        self.left["a delivered file whose order still stood in database.json"] += bool(pending & set(files))
         # Somebody takes an order out whose file was on its way: what is left of it must go, too.
-        for task_id in waiting - files.keys() - self.runs.keys():
+        for task_id in pending - files.keys() - self.runs.keys():
             if any(task_id in name for name in half) and self.chance.random() < 0.1:
                 db.remove_order(task_id, self.home.database)
                 self.placed.remove(task_id)
@@ -239,22 +239,22 @@ def runs(process: psutil.Process) -> bool:
 def kills(folder: Path, number: int, seed: int, say: Callable[[str], None] = print) -> str:
     """Kill the poller so many times; gives the summary. Raises AssertionError where anything is lost."""
     with Sandbox() as grafx:
-        campaign = Campaign(folder, grafx, seed)
+        run = Kills(folder, grafx, seed)
         for count in range(1, number + 1):
-            campaign.fill()
-            campaign.kill(campaign.home.start())
-            campaign.inspect()
-            say(f"{count} of {number} kills, {len(campaign.done)} of {len(campaign.placed)} orders delivered")
-        campaign.finish()
-    again = campaign.hit.total()
+            run.fill()
+            run.kill(run.home.start())
+            run.inspect()
+            say(f"{count} of {number} kills, {len(run.done)} of {len(run.placed)} orders delivered")
+        run.finish()
+    again = run.hit.total()
     return (
-        f"{number} kills, seed {seed}: {len(campaign.placed)} orders, {campaign.bytes / 1e6:.0f} MB; "
+        f"{number} kills, seed {seed}: {len(run.placed)} orders, {run.bytes / 1e6:.0f} MB; "
         "none lost, all delivered, each file equal to what was served\n"
-        + "\n".join(f"  {count} kills left {what}" for what, count in campaign.left.items())
-        + f"\n{campaign.runs.total()} times handed over, each order at least once; {again} times again:\n"
-        f"  {again - campaign.alone} times killed between the command's end and its line in the list\n"
-        f"  {campaign.alone} times killed while the command ran, which went on alone to its end\n"
-        f"  0 times for another reason, though {campaign.back} times a delivered order was brought back"
+        + "\n".join(f"  {count} kills left {what}" for what, count in run.left.items())
+        + f"\n{run.runs.total()} times ON_DONE ran, for each order at least once; {again} times again:\n"
+        f"  {again - run.alone} times killed between the command's end and its line in the list\n"
+        f"  {run.alone} times killed while the command ran, which went on alone to its end\n"
+        f"  0 times for another reason, though {run.back} times a delivered order was re-added"
     )
 
 
@@ -271,7 +271,7 @@ def endurance(
     """
     with Sandbox() as grafx:
         home = Home(folder, grafx)
-        waiting = min(1000, first)  # it takes up new orders once a second, so that many at once
+        pending = min(1000, first)  # it takes up new orders once a second, so that many at once
         placed = delivered = 0
         poller = home.start()
         try:
@@ -281,8 +281,8 @@ def endurance(
             while delivered < number:
                 left = len(home.waiting()) if placed else 0
                 delivered = placed - left
-                if left <= waiting * 3 // 4 and placed < number:
-                    new = min(number - placed, waiting - left)
+                if left <= pending * 3 // 4 and placed < number:
+                    new = min(number - placed, pending - left)
                     place(home, [grafx.add("png") for _ in range(new)])
                     placed += new
                 now = [process.memory_info().rss, process.num_fds()]
@@ -333,7 +333,7 @@ def outage(
         lasts = events[-1][0]
         orders = {}
         for task_id in tasks:
-            # Some 70 kB are more than a reader takes at once, and what gzip-far needs.
+            # Some 70 kB are more than is read at once, and what gzip-far needs.
             grafx.add(task_id=task_id, size=chance.randrange(70_500, 90_000), after=lasts * chance.random())
             age = timedelta(seconds=10 ** (5 * chance.random()))  # a second to a day
             orders[task_id] = {"added": (datetime.now(timezone.utc) - age).isoformat(timespec="seconds")}
@@ -363,8 +363,8 @@ def both_outages(
         runs = []
         for name, once in modes:
             (folder / name).mkdir()
-            tell = say if not once else lambda line: None
-            runs.append(pool.submit(outage, folder / name, number, longest, seed, once, tell))
+            report = say if not once else lambda line: None
+            runs.append(pool.submit(outage, folder / name, number, longest, seed, once, report))
         return "\n".join(run.result() for run in runs)
 
 
@@ -379,7 +379,7 @@ def outage_plan(
     for fault, options, ends in deck:
         # The token is everybody's, so its faults are fewer. What is final or for a year is no outage, nor is
         # a token server that says in its own words that the credentials are wrong.
-        weights = (2, 2, 0 if options is JSON_REFUSAL else 1)
+        weights = (2, 2, 0 if options is JSON_REJECTION else 1)
         places = [
             place
             for place, end, weight in zip(("task", "download", "token"), ends, weights, strict=True)
@@ -414,14 +414,14 @@ def outage_plan(
 def go_through(
     home: Home, events: list[Event], scale: float, once: bool, say: Callable[[str], None]
 ) -> tuple[int, int]:
-    """All of it, until no order waits; gives how many were delivered before the last fault was over, and
+    """All of it, until no order is pending; gives how many were delivered before the last fault was over, and
     how many processes it took."""
     before = ""
     if scale < 1:  # pauses and patience as short as the faults are
         before = (
-            f"chili.TIMEOUT = chili.Timeout(connect={max(1, 10 * scale)}, read={max(1, 30 * scale)}); "
-            f"chili.ANSWER_TIME = {max(1, 60 * scale)}; poller.SHORTEST_PAUSE = {max(0.1, 2 * scale)}; "
-            f"db.LOOK = {max(0.1, scale)}"
+            f"chili.TIMEOUT = ({max(1, 10 * scale)}, {max(1, 30 * scale)}); "
+            f"chili.SLOW_START = chili.TOKEN_PAUSE = {max(1, 60 * scale)}; "
+            f"poller.SHORTEST_PAUSE = {max(0.1, 2 * scale)}; db.LOOK = {max(0.1, scale)}"
         )
     arguments = ["--once"] if once else []
     began, count, early, runs = time.monotonic(), len(home.waiting()), 0, 1
