@@ -19,7 +19,6 @@ import functools
 import gzip
 import json
 import logging
-import math
 import os
 import re
 import threading
@@ -27,7 +26,6 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,32 +38,26 @@ from requests.exceptions import InvalidSchema, InvalidURL, ProxyError
 from urllib3 import Retry
 from urllib3.exceptions import HTTPError, MaxRetryError
 
-AUDIENCE = "https://chiligrafx.com"
 TIMEOUT = (10.0, 30.0)  # seconds: to connect, and between two pieces of an answer
 SLOWEST, SLOW_START = 1000, 60.0  # bytes a second of a body, after so many seconds; slower is an error
-PIECE = 64 * 1024  # bytes of a body that are read at once
-ANSWER_SIZE = 1024 * 1024  # bytes of an answer that is not a file; GraFx's are below 10 kB
 LONGEST_RETRY_AFTER = 300.0  # seconds
 TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
 TOKEN_PAUSE = 60.0  # seconds between two renewals because of a 401, or after one that failed
 REDIRECTS = 5
-UNKNOWN_TASK = "00000000-0000-0000-0000-000000000000"  # no task has this id
 HEADERS = {"Accept": "application/json, */*", "Accept-Encoding": "identity", "User-Agent": "grafx-poller"}
 
-# extension: Content-Types, and what the file begins with (mp4: from its fifth byte)
+# extension: Content-Types, and what the file begins with
 FORMATS = {
-    "png": (("image/png",), (b"\x89PNG\r\n\x1a\n",)),
-    "jpg": (("image/jpeg", "image/jpg"), (b"\xff\xd8\xff",)),
-    "pdf": (("application/pdf",), (b"%PDF-",)),
-    "gif": (("image/gif",), (b"GIF87a", b"GIF89a")),
-    "mp4": (("video/mp4",), (b"ftyp",)),
-    "zip": (("application/zip", "application/x-zip-compressed"), (b"PK\x03\x04", b"PK\x05\x06")),
+    "png": (("image/png",), rb"\x89PNG\r\n\x1a\n"),
+    "jpg": (("image/jpeg", "image/jpg"), rb"\xff\xd8\xff"),
+    "pdf": (("application/pdf",), rb"%PDF-"),
+    "gif": (("image/gif",), rb"GIF8[79]a"),
+    "mp4": (("video/mp4",), rb"....ftyp"),
+    "zip": (("application/zip", "application/x-zip-compressed"), rb"PK(\x03\x04|\x05\x06)"),
 }
 NO_TYPE = ("", "application/octet-stream", "binary/octet-stream")
 PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
 
-# A status that leaves no doubt whose answer it is, so that its connection may be used again.
-UNDERSTOOD = {200, 202, 204, 400, 401, 403, 404, 410, 422, 429, 500}
 GRAFX, TOKEN_SERVER, DOWNLOAD_SERVER = "GraFx", "the token server", "the download server"
 
 log = logging.getLogger("chili")
@@ -103,7 +95,7 @@ class CredentialsRejected(TryAgainLater):
     """The token endpoint rejects SERVER_ID and SERVER_SECRET."""
 
 
-# --- words -----------------------------------------------------------------------------------
+# --- words and addresses ---------------------------------------------------------------------
 
 
 def sanitize(said: Any) -> str:
@@ -139,9 +131,6 @@ def _status(response: requests.Response) -> str:
     return f"{response.status_code} {sanitize(response.reason or '')}".strip()
 
 
-# --- addresses -------------------------------------------------------------------------------
-
-
 def origin(url: str) -> tuple[str, str, int]:
     """Scheme, host and port. Raises ValueError for what is not an http or https address."""
     parts = urlsplit(url)
@@ -152,87 +141,66 @@ def origin(url: str) -> tuple[str, str, int]:
 
 def prepared(url: str) -> str:
     """`url` as requests sends it. Raises ValueError for what is not an http or https address."""
-    request = requests.PreparedRequest()
-    request.prepare_url(url, None)
-    origin(str(request.url))
-    return str(request.url)
+    sent = str(requests.Request("GET", url).prepare().url)
+    origin(sent)
+    return sent
 
 
 # --- one request -----------------------------------------------------------------------------
 
 
-def new_session(auth: Callable[[Any], Any], pool_size: int = 1) -> requests.Session:
-    """A session for `pool_size` threads, which share it as long as none of them changes it."""
-    session = requests.Session()
-    session.auth = auth
-    session.trust_env = False  # proxies and certificates are looked up once, and no ~/.netrc
-    session.headers.update(HEADERS)
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # no cookie passes between orders
-    for scheme in ("https://", "http://"):
-        session.mount(scheme, HTTPAdapter(pool_maxsize=pool_size))
-    return session
-
-
 @functools.lru_cache(maxsize=100)  # a lookup costs 0.25 ms of CPU, more than half of a poll
-def _proxies_and_certificates(server: tuple[str, str, int]) -> dict[str, Any]:
-    """What HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE and the like say about a server."""
+def _proxies_and_certificates(server: tuple[str, str, int]) -> Any:
+    """What HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE and the like say about a server, for Session.send."""
     scheme, host, port = server
     url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
-    found = requests.Session().merge_environment_settings(url, {}, None, None, None)
-    return {"proxies": found["proxies"], "verify": found["verify"]}
+    return requests.Session().merge_environment_settings(url, {}, True, None, None)
 
 
-def send(session: requests.Session, who: str, method: str, url: str, **body: Any) -> requests.Response:
+def send(session: requests.Session, who: str, method: str, url: str, **more: Any) -> requests.Response:
     """One request, no redirect followed. `who` is asked, as a person would name it.
 
-    Raises TryAgainLater, shared where GraFx or the token server cannot be reached.
+    It is prepared without the session, which so only keeps connections: no cookie passes between orders,
+    and ~/.netrc is not read. Raises TryAgainLater, shared where GraFx or the token server cannot be reached.
     """
     began, server = time.monotonic(), origin(url)
     try:
-        response = session.request(
-            method, url, timeout=TIMEOUT, stream=True, allow_redirects=False,
-            **_proxies_and_certificates(server), **body,
-        )  # fmt: skip
-    except (requests.RequestException, HTTPError, OSError, TypeError, ValueError) as error:
-        raise _connection_error(who, server, error) from None
+        settings = _proxies_and_certificates(server)
+        request = requests.Request(method, url, HEADERS, **more).prepare()
+        response = session.send(request, timeout=TIMEOUT, allow_redirects=False, **settings)
+    except (InvalidURL, InvalidSchema, TypeError, UnicodeEncodeError):
+        problem = "HTTPS_PROXY or HTTP_PROXY is not the address of an HTTP proxy"
+        raise TryAgainLater(problem, shared=True) from None
+    except ProxyError as error:
+        reason, proxy = _reason(error), urlsplit(settings["proxies"].get(server[0], ""))
+        problem = "refuses to connect" if reason.startswith("Tunnel connection") else "is unreachable"
+        problem = f"the proxy {proxy.hostname}:{proxy.port} {problem}: {reason}"
+        raise TryAgainLater(problem, shared=True) from None
+    except (requests.RequestException, HTTPError, OSError, ValueError) as error:
+        reason = f"{server[1]}: {_reason(error)}"
+        if error.args and isinstance(error.args[0], MaxRetryError):  # without retries, so it did not connect
+            raise TryAgainLater(f"{who} is unreachable: {reason}", who != DOWNLOAD_SERVER) from None
+        raise NotUnderstood(f"{who} gave no answer: {reason}") from None
     took, path = (time.monotonic() - began) * 1000, urlsplit(url).path  # no query: it may be signed
     log.debug("%s %s%s: %s, %.0f ms", method, server[1], path, response.status_code, took)
     return response
 
 
-def _connection_error(who: str, server: tuple[str, str, int], error: Exception) -> TryAgainLater:
-    """Why there is no answer, and what to look at: the server, a proxy in between, or a setting."""
-    reason, shared = _reason(error), who != DOWNLOAD_SERVER
-    if isinstance(error, (InvalidURL, InvalidSchema, TypeError, UnicodeEncodeError)):
-        return TryAgainLater("HTTPS_PROXY or HTTP_PROXY is not the address of an HTTP proxy", shared=True)
-    if isinstance(error, ProxyError):
-        proxy = urlsplit(_proxies_and_certificates(server)["proxies"].get(server[0], ""))
-        problem = "refuses to connect" if reason.startswith("Tunnel connection") else "is unreachable"
-        return TryAgainLater(f"the proxy {proxy.hostname}:{proxy.port} {problem}: {reason}", shared=True)
-    if reason.startswith("Could not find a suitable TLS CA"):
-        return TryAgainLater(f"{reason}: look at REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE", shared=True)
-    if error.args and isinstance(error.args[0], MaxRetryError):  # without retries, so it did not connect
-        return TryAgainLater(f"{who} is unreachable: {server[1]}: {reason}", shared)
-    return NotUnderstood(f"{who} gave no answer: {server[1]}: {reason}")
-
-
-def coding_of(response: requests.Response) -> str:
-    """The Content-Encoding. None was asked for, but some gateways apply one anyway."""
-    coding = response.headers.get("Content-Encoding", "").strip().lower()
-    return "" if coding == "identity" else coding.removeprefix("x-")
-
-
 def pieces(response: requests.Response) -> Iterator[bytes]:
-    """The body as it comes, decoded. Raises NotUnderstood where it is incomplete or too slow."""
-    coding, read = coding_of(response), response.raw.read1  # which returns what is there
+    """The body as it comes, decoded. Raises NotUnderstood where it may be incomplete, or is too slow."""
+    read, total = response.raw.read1, response.raw.length_remaining  # read1 returns what is there
+    if total is None and not response.raw.chunked:
+        raise NotUnderstood("the answer has neither a length nor an end that shows it is whole")
+    # None was asked for, but some gateways apply one anyway.
+    coding = response.headers.get("Content-Encoding", "").strip().lower().removeprefix("x-")
     if coding == "gzip":  # not by urllib3, which accepts a stream that ends too early
         source: Any = SimpleNamespace(read=read)
-        read = gzip.GzipFile(fileobj=source).read1
-    elif coding:
+        read, total = gzip.GzipFile(fileobj=source).read1, None
+    elif coding not in ("", "identity"):
         raise TryAgainLater(f"the answer has the unknown coding {sanitize(coding)[:40]}")
-    began, came, total = time.monotonic(), 0, None if coding else response.raw.length_remaining
+    began, came = time.monotonic(), 0
     try:
-        while piece := read(PIECE):
+        while piece := read(64 * 1024):
             yield piece
             came, seconds = came + len(piece), time.monotonic() - began
             if seconds > SLOW_START and came < SLOWEST * seconds:
@@ -243,18 +211,12 @@ def pieces(response: requests.Response) -> Iterator[bytes]:
         raise NotUnderstood(f"the answer broke off after {format_size(came)}{of}{why}") from None
 
 
-def require_length(response: requests.Response) -> None:
-    """Raises TryAgainLater where the connection's end is the body's: a body cut short would look whole."""
-    if response.raw.length_remaining is None and not response.raw.chunked:
-        raise TryAgainLater("the answer has neither a length nor an end that shows it is whole")
-
-
 def read_json(response: requests.Response) -> dict[str, Any]:
     """The JSON object of a small answer; empty for anything else. Raises NotUnderstood."""
     body = bytearray()
     for piece in pieces(response):
         body += piece
-        if len(body) > ANSWER_SIZE:
+        if len(body) > 1024 * 1024:  # GraFx's are below 10 kB
             return {}
     try:
         said = json.loads(body)
@@ -265,18 +227,17 @@ def read_json(response: requests.Response) -> dict[str, Any]:
 
 def retry_after(response: requests.Response) -> float | None:
     """Seconds, from either form of Retry-After (RFC 9110, section 10.2.3); else None."""
-    try:
+    with contextlib.suppress(HTTPError, ValueError, OverflowError):
         seconds = Retry().get_retry_after(response.raw)
-    except (HTTPError, ValueError, OverflowError):
-        return None
-    return None if seconds is None else min(seconds, LONGEST_RETRY_AFTER)
+        return None if seconds is None else min(seconds, LONGEST_RETRY_AFTER)
+    return None
 
 
 def error_for(response: requests.Response, who: str, prefix: str = "") -> TaskRejected | TryAgainLater:
     """What an answer other than 200, 202 and 204 means, for the caller to raise. Raises NotUnderstood."""
     status, plainly = response.status_code, f"{prefix}{who} answered {_status(response)}"
     pause = retry_after(response) if who == GRAFX else None
-    if status not in UNDERSTOOD and (status in (407, 408, 425) or not 400 <= status < 500):
+    if status in (407, 408, 425) or not (status in (202, 204, 500) or 400 <= status < 500):
         return NotUnderstood(plainly, retry_after=pause)
     problem = read_json(response)  # RFC 9457
     said = ": ".join(sanitize(problem[key]) for key in ("title", "detail") if problem.get(key))
@@ -324,25 +285,29 @@ class Pace:
                 self._between /= self.FASTER
 
 
-# --- the token -------------------------------------------------------------------------------
+# --- the token, the environment --------------------------------------------------------------
 
 
 class DangerousToken(AuthBase):
     """The workshop's "dangerous" token: whoever has it can do what the integration can.
 
-    Adds it to requests for the server of `base_url`, and to no others. Kept in memory only, shared by all
-    threads, renewed when needed.
+    It goes to the server of `base_url`, and to no other; shared by all threads, renewed when needed.
     """
 
     def __init__(self, base_url: str, token_url: str, client_id: str, client_secret: str) -> None:
         self.home, self.url = origin(base_url), token_url
-        self._form = {"grant_type": "client_credentials", "audience": AUDIENCE}
+        self._form = {"grant_type": "client_credentials", "audience": "https://chiligrafx.com"}
         self._form |= {"client_id": client_id, "client_secret": client_secret}
-        self._lock, self.issued = threading.Lock(), False
-        # Times are monotonic seconds: when to renew it, when it ends, when a 401 had it renewed.
-        self._header, self._renew, self._ends, self._replaced = "", 0.0, 0.0, -math.inf
-        self._failed, self._failure = -math.inf, TryAgainLater("")  # the last failure, and when
+        self._lock = threading.Lock()
+        self._result: str | TryAgainLater = ""  # the Authorization header, or why there is none
+        # Monotonic seconds: when to fetch it anew, when it ends, when a 401 had it renewed.
+        self._renew, self._ends, self._replaced = 0.0, 0.0, float("-inf")
         _secrets.append(client_secret)
+
+    @property
+    def issued(self) -> bool:
+        """Whether there ever was one."""
+        return self._ends > 0
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Called by requests. Raises TryAgainLater, CredentialsRejected."""
@@ -353,73 +318,67 @@ class DangerousToken(AuthBase):
     def get(self) -> str:
         """The Authorization header. Raises TryAgainLater, CredentialsRejected."""
         began = time.monotonic()
-        if began < self._renew:
-            return self._header
-        if not self._lock.acquire(timeout=2 * sum(TIMEOUT)):
-            raise TryAgainLater(f"no token: {self.url} has not answered yet", shared=True)
-        try:
-            if time.monotonic() >= self._renew:  # else another thread has renewed it
-                self._renew_it(began)
-            return self._header
-        finally:
-            self._lock.release()
+        if began >= self._renew:
+            if not self._lock.acquire(timeout=2 * sum(TIMEOUT)):
+                raise TryAgainLater(f"no token: {self.url} has not answered yet", shared=True)
+            try:
+                if began >= self._renew:  # else another thread has tried it meanwhile
+                    self._fetch()
+            finally:
+                self._lock.release()
+        if isinstance(result := self._result, TryAgainLater):
+            raise result
+        return result
 
     def replace(self, rejected: str | None) -> bool:
         """Whether to repeat a request whose token was `rejected`; a 401 renews it at most once a minute."""
         with self._lock:
             now = time.monotonic()
-            if self._header == rejected and now < self._renew:  # else another thread renews it
+            if self._result == rejected and now < self._renew:  # else another thread renews it
                 if now < self._replaced + TOKEN_PAUSE:
                     return False
-                self._replaced, self._renew, self._ends = now, 0.0, 0.0
+                self._replaced, self._renew, self._ends = now, 0.0, now
             return rejected is not None  # else it is another server's 401
 
-    def _renew_it(self, began: float) -> None:
-        """Under the lock, for a thread that has waited for it since `began`."""
-        if began < self._failed + (self._failure.retry_after or 0):
-            raise self._failure
+    def _fetch(self) -> None:
         try:
-            # A connection of its own, without this auth, which would wait for itself.
-            with (
-                new_session(lambda request: request) as session,
-                send(session, TOKEN_SERVER, "POST", self.url, json=self._form) as response,
-            ):
-                self._read(response, read_json(response), retry_after(response))
+            value, lasts = _ask_for_token(self.url, self._form)
         except TryAgainLater as error:
-            self._failed, self._failure = time.monotonic(), error
+            now, pause = time.monotonic(), error.retry_after or 0
+            if now < self._ends:  # the old one is still good
+                self._renew = min(self._ends, now + max(TOKEN_PAUSE, pause))
+                return
             if not isinstance(error, CredentialsRejected):
-                self._failure = TryAgainLater(f"no token: {error}", True, error.retry_after)
-            if self._failed >= self._ends:  # else the old one is still good
-                raise self._failure from None
-            self._renew = min(self._ends, self._failed + max(TOKEN_PAUSE, error.retry_after or 0))
-
-    def _read(self, response: requests.Response, said: dict[str, Any], pause: float | None) -> None:
-        value, lasts, status = said.get("access_token"), said.get("expires_in"), response.status_code
-        # RFC 6749, section 5.2: a rejection has its own words. Without them it is a gateway's.
-        if status in (400, 401, 403) and isinstance(said.get("error"), str):
-            words = sanitize(said.get("error_description") or said["error"])
-            text = f"{self.url} rejects SERVER_ID and SERVER_SECRET: {_status(response)} {words}".rstrip()
-            raise CredentialsRejected(text, True, pause)
-        # RFC 6750, section 2.1. Anything else in a header would end up in an exception's text.
-        if status != 200 or not isinstance(value, str) or not re.fullmatch("[!-~]+", value):
-            without = " without a token" * (status == 200)
-            raise TryAgainLater(f"{self.url} answered {_status(response)}{without}", retry_after=pause)
-        if not isinstance(lasts, (int, float)) or not 0 < lasts < 1e9:
-            lasts = 3600  # where it ends earlier, a 401 tells
-        _secrets.extend((self._form["client_secret"], value))
-        self.issued, self._header = True, f"Bearer {value}"
-        self._ends = time.monotonic() + lasts
-        self._renew = self._ends - min(TOKEN_MARGIN, lasts / 2)
+                error = TryAgainLater(f"no token: {error}", True, error.retry_after)
+            self._result, self._renew = error, now + pause
+        else:
+            _secrets.extend((self._form["client_secret"], value))
+            self._result, self._ends = f"Bearer {value}", time.monotonic() + lasts
+            self._renew = self._ends - min(TOKEN_MARGIN, lasts / 2)
 
 
-# --- one environment -------------------------------------------------------------------------
+def _ask_for_token(url: str, form: dict[str, str]) -> tuple[str, float]:
+    """A token, and for how many seconds it lasts. Raises TryAgainLater, CredentialsRejected."""
+    # By a connection of its own, and without the session's token, which would wait for itself.
+    with requests.Session() as session, send(session, TOKEN_SERVER, "POST", url, json=form) as response:
+        said, pause, status = read_json(response), retry_after(response), response.status_code
+    value, lasts = said.get("access_token"), said.get("expires_in")
+    # RFC 6749, section 5.2: a rejection has its own words. Without them it is a gateway's.
+    if status in (400, 401, 403) and isinstance(said.get("error"), str):
+        words = sanitize(said.get("error_description") or said["error"])
+        text = f"{url} rejects SERVER_ID and SERVER_SECRET: {_status(response)} {words}".rstrip()
+        raise CredentialsRejected(text, True, pause)
+    # RFC 6750, section 2.1. Anything else in a header would end up in an exception's text.
+    if status != 200 or not isinstance(value, str) or not re.fullmatch("[!-~]+", value):
+        without = " without a token" * (status == 200)
+        raise TryAgainLater(f"{url} answered {_status(response)}{without}", retry_after=pause)
+    if not isinstance(lasts, (int, float)) or not 0 < lasts < 1e9:
+        lasts = 3600  # where it ends earlier, a 401 tells
+    return value, lasts
 
 
 class GraFx:
-    """One environment of GraFx, for `pool_size` threads.
-
-    Raises ValueError for what is not an http or https address.
-    """
+    """One environment of GraFx, for `pool_size` threads. Raises ValueError as `prepared`."""
 
     def __init__(
         self, base_url: str, environment: str, token_url: str, client_id: str, client_secret: str,
@@ -428,88 +387,81 @@ class GraFx:
         self.base_url = prepared(base_url).rstrip("/")
         self.tasks = f"{self.base_url}/grafx/api/v1/environment/{quote(environment, safe='')}/output/tasks/"
         self.token = DangerousToken(self.base_url, token_url, client_id, client_secret)
-        self.session, self.pace = new_session(self.token, pool_size), Pace()
+        self.session, self.pace = requests.Session(), Pace()
+        self.session.mount(self.base_url, HTTPAdapter(pool_maxsize=pool_size))
 
     def poll(self, task_id: str) -> str | None:
         """The address of a finished task's file; None while it renders. Raises as order_done."""
         try:
             with self.get(self.session, self.tasks + task_id) as response:
-                if response.status_code == 204:
-                    response.raw.drain_conn()
-                    return None
-                if response.status_code not in (200, 202):
+                if response.status_code not in (200, 202, 204):
                     raise error_for(response, GRAFX)
                 said = read_json(response)
                 # CHILI's example startPollingOnEndpoint.ts takes a 202 for "not finished".
-                return None if response.status_code == 202 else _download_link(response, said, task_id)
+                return self._link(said, task_id) if response.status_code == 200 else None
         except NotUnderstood:
             self.session.close()
             raise
 
     def get(self, session: requests.Session, url: str) -> requests.Response:
-        """GET. Redirects are followed one by one, so that the token's rule holds for each address.
-
-        Raises TryAgainLater.
-        """
+        """GET. Redirects are followed here, so that the token's rule holds for each. Raises TryAgainLater."""
         for _ in range(REDIRECTS + 1):
-            url = self._over_tls(url)
             response = self._get_once(session, url)
-            if response.status_code == 401 and self.token.replace(
-                response.request.headers.get("Authorization")
-            ):
+            sent = response.request.headers.get("Authorization")
+            if response.status_code == 401 and self.token.replace(sent):
                 response.close()
                 response = self._get_once(session, url)
             if response.next is None:
                 return response
             response.close()
             try:
-                url = prepared(str(response.next.url))
+                url = self._address(response.next.url)
             except ValueError:
                 raise TryAgainLater("redirected to what is not an http address") from None
         raise TryAgainLater(f"redirected more than {REDIRECTS} times")
 
     def _get_once(self, session: requests.Session, url: str) -> requests.Response:
         if origin(url) != self.token.home:
-            return send(session, DOWNLOAD_SERVER, "GET", url)
+            return send(session, DOWNLOAD_SERVER, "GET", url, auth=self.token)
         began = self.pace.wait()
-        response = send(session, GRAFX, "GET", url)
+        response = send(session, GRAFX, "GET", url, auth=self.token)
         self.pace.learn(response.status_code, began)
         return response
 
-    def _over_tls(self, url: str) -> str:
-        """A server behind a TLS proxy may give out http addresses; without TLS they get no token."""
+    def _link(self, said: dict[str, Any], task_id: str) -> str:
+        data = said.get("data")
+        about = data.get("taskId") if isinstance(data, dict) else None
+        if isinstance(about, str) and about.casefold() != task_id.casefold():
+            raise NotUnderstood(f"the answer was another task's: {sanitize(about)[:80]}")
+        try:
+            return self._address(said["links"]["download"])
+        except (KeyError, TypeError, ValueError):
+            raise TaskRejected("GraFx says finished, but gives no download link", 200) from None
+
+    def _address(self, given: Any) -> str:
+        """An address that a server gave, to be requested. Raises ValueError as `prepared`."""
+        url = prepared(given)
         home, (scheme, host, port) = self.token.home, origin(url)
+        # A server behind a TLS proxy may give out http addresses; without TLS they get no token.
         if (home[0], scheme, host) == ("https", "http", home[1]) and port in (80, home[2]):
             return urlsplit(url)._replace(scheme="https", netloc=urlsplit(self.base_url).netloc).geturl()
         return url
 
 
-def _download_link(response: requests.Response, said: dict[str, Any], task_id: str) -> str:
-    data = said.get("data")
-    about = data.get("taskId") if isinstance(data, dict) else None
-    if isinstance(about, str) and about.casefold() != task_id.casefold():
-        raise NotUnderstood(f"the answer was another task's: {sanitize(about)[:80]}")
-    try:
-        return prepared(said["links"]["download"])
-    except (KeyError, TypeError, ValueError):
-        require_length(response)
-        raise TaskRejected("GraFx says finished, but gives no download link", 200) from None
-
-
 def check_environment(grafx: GraFx) -> str:
     """Poll a task that cannot exist; returns what is fine. Raises TaskRejected, TryAgainLater."""
-    with grafx.get(grafx.session, grafx.tasks + UNKNOWN_TASK) as response:
-        if origin(str(response.url)) != grafx.token.home:
-            host = urlsplit(str(response.url)).hostname
-            raise TryAgainLater(f"{grafx.base_url} redirects to {host}: look at BASEURL")
-        said = read_json(response)
-        if response.status_code == 204 or (response.status_code in (200, 404) and said):
-            return f"{grafx.base_url} answers"
-        words = sanitize(said.get("detail") or said.get("title") or "without a word of GraFx's own")
-        raise TryAgainLater(
-            f"{grafx.base_url} answered {_status(response)} {words}:"
-            " look at BASEURL and ENVIRONMENT, and whether the integration may read output"
-        )
+    with grafx.get(grafx.session, f"{grafx.tasks}00000000-0000-0000-0000-000000000000") as response:
+        said, status = read_json(response), response.status_code
+    if origin(str(response.url)) != grafx.token.home:
+        host = urlsplit(str(response.url)).hostname
+        raise TryAgainLater(f"{grafx.base_url} redirects to {host}: look at BASEURL")
+    if status == 204 or (status in (200, 404) and said):
+        return f"{grafx.base_url} answers"
+    words = sanitize(said.get("detail") or said.get("title") or "without a word of GraFx's own")
+    raise TryAgainLater(
+        f"{grafx.base_url} answered {_status(response)} {words}:"
+        " look at BASEURL and ENVIRONMENT, and whether the integration may read output"
+    )
 
 
 # --- the file --------------------------------------------------------------------------------
@@ -524,20 +476,23 @@ def order_done(
     already is not downloaded again. Raises TaskRejected, TryAgainLater; OSError where the folder cannot
     be written.
     """
-    if file := find_file(orders_dir, task_id):
-        sync_folder(orders_dir)  # a process may have been killed between its rename and this
-        return file
-    link = grafx.poll(task_id)
-    if link is None:
-        return None
-    # A connection of its own: nobody's late answer can be taken for the file.
-    with new_session(grafx.token) as session, grafx.get(session, link) as response:
-        if response.status_code == 410:
-            raise TaskRejected("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
-        if response.status_code != 200:
-            home = origin(str(response.url)) == grafx.token.home
-            raise error_for(response, GRAFX if home else DOWNLOAD_SERVER, "the download: ")
-        return _save(response, orders_dir, task_id, progress)
+    file = find_file(orders_dir, task_id)
+    if not file and (link := grafx.poll(task_id)):
+        # A connection of its own: nobody's late answer can be taken for the file.
+        with requests.Session() as session, grafx.get(session, link) as response:
+            if response.status_code == 410:
+                raise TaskRejected("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
+            if response.status_code != 200:
+                home = origin(str(response.url)) == grafx.token.home
+                raise error_for(response, GRAFX if home else DOWNLOAD_SERVER, "the download: ")
+            file = _save(response, orders_dir, task_id, progress)
+    if file:  # also where it was here: a process may have been killed between its rename and this
+        folder = os.open(orders_dir, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    return file
 
 
 def find_file(orders_dir: Path, task_id: str) -> Path | None:
@@ -557,33 +512,26 @@ def remove_leftovers(orders_dir: Path) -> None:
 
 def _save(response: requests.Response, orders_dir: Path, task_id: str, progress: Progress) -> Path:
     """Stream the body to its place. Raises as order_done; then nothing is left of it."""
-    require_length(response)
-    total = None if coding_of(response) else response.raw.length_remaining
-    temp = orders_dir / f".{task_id}.part"
-    says = response.headers.get("Content-Type", "")
-    size, extension, first, last = 0, "", b"", b""
+    total = None if response.headers.get("Content-Encoding") else response.raw.length_remaining
+    temp, size = orders_dir / f".{task_id}.part", 0
     try:
         # The order of these steps is the guarantee: the file has its final name only when it is whole and
         # on the disk, and the caller forgets the order only when the name is on the disk as well.
-        with temp.open("wb") as file:
+        with temp.open("w+b") as file:
             for piece in pieces(response):
                 file.write(piece)
-                size, first = size + len(piece), (first + piece[:16])[:16]
-                last = (last + piece[-len(PNG_END) :])[-len(PNG_END) :]
-                # Before 16 bytes the body may still break off, which says nothing about the file.
-                extension = extension or (_extension(says, first) if len(first) == 16 else "")
+                size += len(piece)
                 progress(size, total)
-            extension = extension or _extension(says, first)
-            if extension == "png" and last != PNG_END:
+            file.seek(0)
+            extension = _extension(response.headers.get("Content-Type", ""), file.read(16))
+            file.seek(max(0, size - len(PNG_END)))
+            if extension == "png" and file.read() != PNG_END:
                 raise TaskRejected("the PNG has no end", 200)
-            file.flush()
             os.fsync(file.fileno())
         whole = orders_dir / f"{task_id}.{extension}"
         if whole.is_dir():
             raise TryAgainLater(f"{whole} is a folder, where the file belongs: move it away")
-        temp.replace(whole)
-        sync_folder(orders_dir)
-        return whole
+        return temp.replace(whole)
     finally:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
@@ -591,23 +539,12 @@ def _save(response: requests.Response, orders_dir: Path, task_id: str, progress:
 
 def _extension(content_type: str, first: bytes) -> str:
     """The extension by type and first bytes. Raises TaskRejected where they do not agree."""
-    content_type = sanitize(content_type.partition(";")[0]).lower()[:80]
-    starts = (first, first[4:])
-    looks = next((ext for ext, (_, magic) in FORMATS.items() if starts[ext == "mp4"].startswith(magic)), "")
-    says = next((ext for ext, (types, _) in FORMATS.items() if content_type in types), "")
+    says = sanitize(content_type.partition(";")[0]).lower()[:80]
+    looks = next((ext for ext, (_, begin) in FORMATS.items() if re.match(begin, first, re.DOTALL)), "")
+    if looks and says in (*FORMATS[looks][0], *NO_TYPE):
+        return looks
     if not first:
         raise TaskRejected("the file is empty", 200)
-    if content_type not in NO_TYPE and not (says and says == looks):
-        raise TaskRejected(f"the file says {content_type} but is {looks or 'something else'}", 200)
-    if not looks:
+    if says in NO_TYPE:
         raise TaskRejected(f"the file is none of {', '.join(FORMATS)}", 200)
-    return looks
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut. Raises OSError."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    raise TaskRejected(f"the file says {says} but is {looks or 'something else'}", 200)

@@ -40,6 +40,8 @@ PATIENCE = 10.0  # seconds to wait for another writer, or for an editor that sav
 SHARE = 20  # the poller spends at most a twentieth of its time on writing
 KEPT = 100_000  # deliveries that are kept in the list; it is shortened when it has twice as many
 PUT_BACK = 'Put it back, or start with an empty one: {"orders": {}}'
+# No link is followed: root may call in another user's folder.
+OPEN = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
 # The fields of a failed record; an order's own fields of these names move to "order".
 RECORD = ("status", "error", "failed", "order")
 
@@ -70,8 +72,9 @@ def settings() -> dict[str, str]:
 
 def mend(error: OSError) -> str:
     """What to do about a file that cannot be made, read or written."""
-    mends = {errno.ENOENT: "Make the folder.", errno.ENOTDIR: "Make it a folder."}
-    mends |= {errno.ENOSPC: "Make room.", errno.EDQUOT: "Make room."}
+    mends = {errno.ENOENT: "Make the folder.", errno.ENOSPC: "Make room.", errno.EDQUOT: "Make room."}
+    mends |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "Make it a folder.")
+    mends |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit (ulimit -n).")
     return mends.get(error.errno or 0, "Mend the folder's permissions.")
 
 
@@ -82,7 +85,7 @@ def is_task_id(value: object) -> bool:
 
 def stamp(when: datetime | None = None) -> str:
     """A time, now if none is given, as the project's files have it: UTC, ISO 8601, to the second."""
-    return (when or datetime.now(timezone.utc)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return (when or datetime.now(timezone.utc)).astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def utc(text: str) -> datetime:
@@ -120,7 +123,8 @@ class Store:
             if task_id is None:
                 self.strange.append(_encode(item))
             else:
-                self.orders[task_id] = fields | self.orders.get(task_id, {})
+                twice = self.orders.get(task_id)
+                self.orders[task_id] = fields | twice if twice else fields
 
     @property
     def failing(self) -> dict[str, Fields]:
@@ -143,7 +147,7 @@ class Store:
             items[task_id] = fields
         elif bare:
             items.append(task_id)
-        elif fields.get("taskID", task_id) != task_id or items is not self.data["orders"]:
+        elif "taskID" in fields or items is not self.data["orders"]:
             # The field has another meaning, or it is a Map.
             items.append([task_id, {"taskID": task_id, **fields}])
         else:
@@ -152,17 +156,15 @@ class Store:
     def take(self, task_ids: Collection[str]) -> None:
         """Remove pending orders, with what stands under "failing" and "failed" about them."""
         gone = self.orders.keys() & set(task_ids)
-        if not gone:
-            return
-        self.changed = True
         for task_id in gone:
             del self.orders[task_id]
-            self.data.get("failed", {}).pop(task_id, None)
+            for key in ("failing", "failed"):
+                self.data.get(key, {}).pop(task_id, None)
             if isinstance(self.items, dict):
                 del self.items[task_id]
-        if isinstance(self.items, list):
+        if gone and isinstance(self.items, list):
             self.items[:] = [item for item in self.items if _entry(item)[0] not in gone]
-        self.set_failing({key: record for key, record in self.failing.items() if key not in gone})
+        self.changed = self.changed or bool(gone)
 
     def fail(self, failures: Mapping[str, tuple[int | None, str]]) -> None:
         """Move pending orders to "failed", with the HTTP status and what GraFx said."""
@@ -170,13 +172,11 @@ class Store:
         for task_id, (status, error) in failures.items():
             if task_id in self.orders:
                 fields = self.orders[task_id]
-                record = {key: value for key, value in fields.items() if key not in RECORD}
-                record |= {"status": status, "error": error, "failed": stamp()}
-                if own := {key: fields[key] for key in RECORD if key in fields}:
-                    record["order"] = own
-                records[task_id] = record
+                own = {key: fields[key] for key in RECORD if key in fields}
+                record = fields | {"status": status, "error": error, "failed": stamp()}
+                records[task_id] = record | ({"order": own} if own else {})
+        self.take(records)
         if records:
-            self.take(records.keys())
             self.data.setdefault("failed", {}).update(records)
 
     def retry(self, task_id: str) -> None:
@@ -191,46 +191,40 @@ class Store:
         self.take([task_id])
         self.put(task_id, fields)
 
-    def set_failing(self, records: Mapping[str, Fields]) -> None:
+    def set_failing(self, records: Fields) -> None:
         """Have these records under "failing". What a person typed there that is no object stays."""
-        if self.failing == records:
-            return
-        failing, self.changed = self.data.setdefault("failing", {}), True
-        for task_id in self.failing.keys() - records.keys():
-            del failing[task_id]
-        failing |= records
-        if not failing:
-            del self.data["failing"]
+        if self.failing != records:
+            entries = self.data.get("failing", {})
+            typed = {key: value for key, value in entries.items() if not isinstance(value, dict)}
+            self.data["failing"], self.changed = typed | records, True
 
     def text(self) -> bytes:
         """The file: each order on a line of its own, for `grep` and the eye; all else indented by 4."""
-
-        def entry(value: Any) -> str:
-            return _block(value, 2) if value is self.items else _encode(value)  # that of a Map
-
-        parts = {}
-        for key, value in self.data.items():
-            if key in ("orders", "failing", "failed"):
-                parts[key] = _block(value, 1, entry)
-            else:
-                parts[key] = json.dumps(value, indent=4, ensure_ascii=False).replace("\n", "\n    ")
+        levels = {"orders": 1 + (self.items is not self.data["orders"]), "failing": 1, "failed": 1}
+        lines = [
+            f"    {_encode(key)}: {_block(value, 1, levels.get(key, math.inf))}"
+            for key, value in self.data.items()
+            if value or key != "failing"
+        ]
         # backslashreplace: half a surrogate pair, which UTF-8 cannot hold, in JSON's own \uXXXX.
-        return (_block(parts, 0, str) + "\n").encode("utf-8", "backslashreplace")
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8", "backslashreplace")
 
 
 # On one line the encoder is C; with an indent it is Python, and ten times as slow.
-_encode = json.JSONEncoder(ensure_ascii=False).encode
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
-def _block(value: Any, depth: int, encode: Callable[[Any], str] = _encode) -> str:
-    """An object or a list with each entry on a line of its own."""
+def _block(value: Any, depth: int, levels: float) -> str:
+    """JSON in which so many levels have each entry on a line of its own."""
+    if levels == 0 or not value or not isinstance(value, (dict, list)):
+        return _encode(value)
     if isinstance(value, dict):
-        ends, lines = "{}", [f"{_encode(key)}: {encode(part)}" for key, part in value.items()]
+        ends = "{}"
+        lines = [f"{_encode(key)}: {_block(part, depth + 1, levels - 1)}" for key, part in value.items()]
     else:
-        ends, lines = "[]", [encode(part) for part in value]
+        ends, lines = "[]", [_block(part, depth + 1, levels - 1) for part in value]
     margin = "\n" + "    " * depth
-    body = f",{margin}    ".join(lines)
-    return f"{ends[0]}{margin}    {body}{margin}{ends[1]}" if lines else ends
+    return ends[0] + margin + "    " + f",{margin}    ".join(lines) + margin + ends[1]
 
 
 def _records(entries: Fields) -> dict[str, Fields]:
@@ -245,17 +239,15 @@ def _entry(item: Any) -> tuple[str | None, Fields]:
     task_id, fields = item, {}
     if isinstance(item, tuple):
         task_id, fields = item
-        if not isinstance(fields, dict):
-            fields = {} if fields is None else {"order": fields}
     elif isinstance(item, dict):
         task_id, fields = item.get("taskID"), item
     elif isinstance(item, list) and len(item) == 2 and isinstance(item[1], dict):
         task_id, fields = item
-    if not is_task_id(task_id):
-        return None, {}
+    if not isinstance(fields, dict):
+        fields = {} if fields is None else {"order": fields}
     if fields.get("taskID") == task_id:  # it only says the id again
         fields = {key: value for key, value in fields.items() if key != "taskID"}
-    return task_id, fields
+    return (task_id, fields) if is_task_id(task_id) else (None, {})
 
 
 def _parse(raw: bytes) -> Store:
@@ -264,8 +256,7 @@ def _parse(raw: bytes) -> Store:
         # Not an empty store: an editor or a command may have emptied it, and be about to write it.
         raise ValueError(f"it is empty. {PUT_BACK}")
     try:
-        text = raw.decode("utf-8-sig")
-        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+        data = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start + 1} is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -284,30 +275,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> Fields:
     return found
 
 
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:40]} is not a number that JSON can hold")
-    return number
-
-
 # --- the file --------------------------------------------------------------------------------
 
 
 def version(file: Path | int) -> Version:
     """What `stat` knows of a file's content, None where there is no file. Raises OSError."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         stat = os.stat(file)  # noqa: PTH116 - of a path or of an open file
-    except FileNotFoundError:
-        return None
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return None
 
 
 class File:
     """`database.json` on the disk, and since when it has been as it is.
 
-    One rule for a file that makes no sense, be it broken, empty or missing: for SAVING seconds somebody may
-    be saving it; after that it is an error; it is never written over. Only where there never was a file
-    it is an empty store.
+    One that makes no sense, be it broken, empty or missing, may be half saved for SAVING seconds; after that
+    it is an error; it is never written over. Only where there never was a file it is an empty store.
     """
 
     def __init__(self, path: Path) -> None:
@@ -319,49 +302,44 @@ class File:
 
     def changed(self) -> bool:
         """Whether there is something to read, or still a problem."""
-        try:
+        with contextlib.suppress(OSError):
             return version(self.path) != self.seen or bool(self.problem)
-        except OSError:
-            return True
+        return True
 
     def read(self) -> Store:
         """Read the file now. Raises Busy for what may be half saved."""
-        raw = b""
         try:
             with self.path.open("rb") as file:
-                seen, self.existed = version(file.fileno()), True
-                if seen != self.seen or not self.problem:
-                    raw = file.read()
-        except FileNotFoundError:
-            seen = None
+                self.existed = True
+                self._saw(version(file.fileno()))
+                if not self.problem:
+                    return _parse(file.read())
+        except FileNotFoundError:  # some editors rename a file away before they write the new one
+            self._saw(None)
+            lock = version(beside(self.path, "lock"))
+            self.existed = self.existed or bool(lock and lock[2])  # see `change`
+            if not self.existed:
+                return Store({"orders": {}, "failed": {}})
+            self.problem = f"{self.path} is missing. {PUT_BACK}"
         except OSError as error:
             self.seen = ()
             raise DatabaseError(f"cannot read {self.path}: {error.strerror}. Mend its permissions.") from None
-        if seen != self.seen:
-            self.seen, self.since, self.problem = seen, time.monotonic(), ""
-        if seen is None and not self.existed:
-            lock = version(beside(self.path, "lock"))
-            self.existed = bool(lock and lock[2])  # see `change`
-            if not self.existed:
-                return Store({"orders": {}, "failed": {}})
-        if seen is None:  # some editors rename a file away before they write the new one
-            self.problem = f"{self.path} is missing. {PUT_BACK}"
-        elif not self.problem:
-            try:
-                return _parse(raw)
-            except (ValueError, RecursionError) as error:
-                what = "it is nested too deeply" if isinstance(error, RecursionError) else error
-                self.problem = f"{self.path}: {what}. It is left as it is: mend it."
+        except (ValueError, RecursionError) as error:
+            what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            self.problem = f"{self.path}: {what}. It is left as it is: mend it."
         young = time.monotonic() < self.since + SAVING
         raise (Busy if young else DatabaseError)(self.problem)
+
+    def _saw(self, seen: Version) -> None:
+        if seen != self.seen:
+            self.seen, self.since, self.problem = seen, time.monotonic(), ""
 
 
 def change(file: File, edit: Callable[[Store], None], patience: float) -> Store:
     """The one way to change the file: lock, read, `edit`, write a new one, rename it over the old one.
 
     Returns what the file says then. Where `edit` changes nothing, nothing is written. It is called again
-    where somebody who knows nothing of the lock has saved the file meanwhile. patience: seconds to wait for
-    the lock.
+    where an editor has saved the file meanwhile. patience: seconds to wait for the lock.
     """
     with lock(file.path, "lock", patience) as held:
         if file.path.exists():
@@ -374,8 +352,8 @@ def change(file: File, edit: Callable[[Store], None], patience: float) -> Store:
             seen, file.seen = file.seen, ()  # until it is written, nobody knows what was read
             try:
                 written = _replace(file.path, store.text(), seen)
-            except RecursionError:
-                raise DatabaseError(f"{file.path}: it is nested too deeply. Mend it.") from None
+            except (ValueError, RecursionError) as error:  # of what JSON can be read, but not be written
+                raise DatabaseError(f"{file.path}: {error}. Mend it.") from None
             if written:
                 note(held)
                 file.seen, file.existed = written, True
@@ -387,10 +365,8 @@ def _replace(path: Path, content: bytes, seen: Version) -> Version:
     temp = path.with_name(f".{path.name.removeprefix('.')}.tmp")  # one, however many are killed
     try:
         temp.unlink(missing_ok=True)
-        with os.fdopen(_open(temp, new=True), "wb") as file:
+        with os.fdopen(_create(temp, path.stat() if seen else None), "wb") as file:
             fd = file.fileno()
-            if seen:
-                _copy_owner_and_mode(fd, path.stat())
             file.write(content)
             file.flush()
             os.fsync(fd)
@@ -408,35 +384,31 @@ def _replace(path: Path, content: bytes, seen: Version) -> Version:
             temp.unlink(missing_ok=True)
 
 
-def _copy_owner_and_mode(fd: int, old: os.stat_result) -> None:
-    """As far as one may: the owner may be ours to give, and the group not, or the other way round."""
-    for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):
+def _create(place: Path, old: os.stat_result | None = None) -> int:
+    """Make a file, with owner, group and mode of the `old` one, else for those who may write its folder.
+
+    Raises OSError, also where there is one.
+    """
+    fd = os.open(place, OPEN | os.O_CREAT | os.O_EXCL, 0o666)
+    folder = place.parent.stat()
+    like, mode = old or folder, old.st_mode if old else os.fstat(fd).st_mode
+    if not old and folder.st_mode & 0o020:
+        mode |= 0o060
+    # As far as one may: perhaps the owner, but not the group, and some file systems know neither.
+    for owner, group in ((-1, like.st_gid), (like.st_uid, -1)):
         with contextlib.suppress(PermissionError):
             os.fchown(fd, owner, group)
-    with contextlib.suppress(PermissionError):  # some file systems know no modes
-        os.fchmod(fd, old.st_mode & 0o7777)
-
-
-def _open(place: Path, new: bool = False) -> int:
-    """Open a file beside the database to read and append, made where it is missing. Raises OSError.
-
-    No link is followed: root may call in another user's folder. Who may write the folder may write what
-    is made in it; a set-group-id folder has passed its group on. new: the file must not be there yet.
-    """
-    how = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
-    try:
-        fd = os.open(place, how | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-        if new:
-            raise
-        return os.open(place, how)
-    folder = place.parent.stat()
-    with contextlib.suppress(PermissionError):  # some file systems know neither owners nor modes
-        if os.geteuid() == 0:
-            os.fchown(fd, folder.st_uid, folder.st_gid)
-        if folder.st_mode & 0o020:
-            os.fchmod(fd, os.fstat(fd).st_mode & 0o777 | 0o060)
+    with contextlib.suppress(PermissionError):
+        os.fchmod(fd, mode & 0o7777)
     return fd
+
+
+def _open(place: Path) -> int:
+    """Open a file beside the database to read and append, made where it is missing. Raises OSError."""
+    try:
+        return _create(place)
+    except FileExistsError:
+        return os.open(place, OPEN)
 
 
 def beside(path: Path, name: str) -> Path:
@@ -476,10 +448,9 @@ def read(path: Path) -> Store:
 def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
     """Hold the lock `.<database>.<name>` beside the file: "lock" to write, "pid" to be its only poller.
 
-    It is on a file of its own that is never replaced or removed. On the database itself, a rename
-    would leave one process with a lock on a file that is no longer there and the next one with a
-    lock on the new file; so would a lock file that is removed after use. The kernel releases it
-    when its process ends, however it ends. patience: seconds to wait for it; then Busy.
+    It is on a file of its own that is never replaced or removed, or two processes could each have a lock
+    on another file of that name. The kernel releases it when its process ends, however it ends.
+    patience: seconds to wait for it; then Busy.
     """
     place = beside(path, name)
     try:
@@ -513,8 +484,7 @@ def note(lock: TextIO, text: str = "") -> None:
 class Deliveries:
     """`.database.json.delivered`: one line for each delivery, `<UTC> <task id> <file name>`.
 
-    A file name of `-` says that the order is to be delivered again; the last line about an order
-    counts. A line without its end was cut off by a crash, and does not count.
+    A file name of `-`: deliver it again. The last whole line about an order counts.
     """
 
     LINE = re.compile(rb"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) (%b) (.+)\n" % TASK_ID.pattern.encode(), re.M)
@@ -536,35 +506,33 @@ class Deliveries:
                 self.ids.clear()
                 self.file, self.end = file, 0
             if size > self.end:
-                for _, task_id, name in self._read_on():
-                    (self.ids.discard if name == "-" else self.ids.add)(task_id)
+                with self.path.open("rb") as lines:
+                    lines.seek(self.end)
+                    data = lines.read()
+                self.end += data.rfind(b"\n") + 1
+                for found in self.LINE.finditer(data):
+                    (self.ids.discard if found[3] == b"-" else self.ids.add)(found[2].decode())
         except OSError as error:
             warn_once(f"cannot read {self.path}: {error.strerror}. Mend that: nothing counts as delivered.")
 
-    def _read_on(self) -> Iterator[tuple[str, str, str]]:
-        """Time, task id and file name of each whole line from `end` on."""
-        with self.path.open("rb") as file:
-            file.seek(self.end)
-            data = file.read()
-        data = data[: data.rfind(b"\n") + 1]
-        self.end += len(data)
-        for when, task_id, name in (found.groups() for found in self.LINE.finditer(data)):
-            yield when.decode(), task_id.decode(), name.decode("utf-8", "replace")
-
     def all(self) -> dict[str, tuple[str, str]]:
         """When (UTC) and as which file each order was delivered, the oldest first."""
-        found: dict[str, tuple[str, str]] = {}
+        delivered: dict[str, tuple[str, str]] = {}
         with contextlib.suppress(OSError):
-            for when, task_id, name in Deliveries(self.database)._read_on():
-                found.pop(task_id, None)
-                if name != "-":
-                    found[task_id] = (when, name)
-        return found
+            for when, task_id, name in self.LINE.findall(self.path.read_bytes()):
+                delivered.pop(task_id.decode(), None)
+                if name != b"-":
+                    delivered[task_id.decode()] = (when.decode(), name.decode("utf-8", "replace"))
+        return delivered
 
     def has(self, task_id: str) -> bool:
         """Whether this order is listed; quick where it is not, however long the list is."""
+        return self.mentions(task_id) and task_id in self.all()
+
+    def mentions(self, task_id: str) -> bool:
+        """Whether a line is about this order, be it one that says to deliver it again."""
         with contextlib.suppress(OSError):
-            return task_id.encode() in self.path.read_bytes() and task_id in self.all()
+            return f" {task_id} ".encode() in self.path.read_bytes()
         return False
 
     def add(self, files: Mapping[str, str]) -> None:
@@ -572,7 +540,7 @@ class Deliveries:
 
         Raises DatabaseError; then they may be listed in part, and can be listed again.
         """
-        lines = [f"{stamp()} {task_id} {name or '?'}\n" for task_id, name in files.items()]
+        lines = [f"{stamp()} {task_id} {name}\n" for task_id, name in files.items()]
         try:
             with os.fdopen(_open(self.path), "r+b", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -624,9 +592,8 @@ class _Unwritten:
 class Database:
     """`database.json` for the poller's loop: `start` once, then `sync` each turn, `flush` at the end.
 
-    `delivered`, `failed`, `rejected` and `pending` say what became of an order; the next `sync` writes it.
-    An order that was delivered is listed first, and leaves the file then. A problem is logged once,
-    and once when it is over; meanwhile nothing is lost or forgotten.
+    `delivered`, `failed`, `rejected` and `pending` say what became of an order; the next `sync` writes it:
+    a delivery into the list first. A problem is logged once, and once when it is over.
     """
 
     def __init__(self, path: Path, once: bool = False) -> None:
@@ -641,20 +608,18 @@ class Database:
         """Read the file and the list; `orders` of what it returns are the pending ones."""
         self.deliveries.shorten()
         store = _patiently(self.file.read, PATIENCE)
-        self.failing = {key: dict(record) for key, record in store.failing.items()}
+        self.failing = store.failing
         self._compare(store)
         return store
 
     def delivered(self, task_id: str, file: str) -> None:
         """Its file is whole on the disk, and ON_DONE has run."""
         self._known.discard(task_id)
-        self.failing.pop(task_id, None)
         self._unwritten.delivered[task_id] = file
 
     def failed(self, task_id: str, status: int | None, error: str) -> None:
         """It is not polled any more."""
         self._known.discard(task_id)
-        self.failing.pop(task_id, None)
         self._unwritten.failed[task_id] = (status, error)
 
     def rejected(self, task_id: str, record: Fields) -> None:
@@ -671,45 +636,42 @@ class Database:
 
         idle: nothing else is under way, so what is to be written need not wait for more.
         """
-        now, store, unwritten = time.monotonic(), None, self._unwritten
-        look = now >= self._look
-        if look:
+        now, unwritten, problem, store = time.monotonic(), self._unwritten, "", None
+        if look := now >= self._look:
             self._look = now + LOOK
-        if unwritten and now >= unwritten.pause and (look or (idle and not self.problem)):
-            store = self._try(self._save)
-        elif unwritten.delivered and (look or not self.problem):
-            self._try(self._list)
-        # A problem with a write that is not needed any more is over once the file can be read.
-        if look and not store and not self.once and (self.file.changed() or (self.problem and not unwritten)):
-            store = self._try(self._read)
+        try:
+            if look or not self.problem:
+                self._list()
+            if unwritten and now >= unwritten.pause and (look or (idle and not self.problem)):
+                store = self._save()
+        except Busy as error:
+            unwritten.busy, unwritten.pause = min(unwritten.busy, now), time.monotonic() + 0.2
+            if now >= unwritten.busy + PATIENCE:
+                problem = str(error)
+        except DatabaseError as error:
+            problem = str(error)
+        if look and not store and not self.once and self.file.changed():
+            try:
+                store = self.file.read()
+            except Busy:
+                problem = problem or self.problem  # neither another one nor over
+            except DatabaseError as error:
+                if not unwritten:  # else the write says what is wrong, or there would be two by turns
+                    problem = str(error)
+        if problem or (look and not self._unwritten):
+            unwritten.busy = math.inf
+            self._report(problem)
         return self._compare(store) if store else ({}, set())
 
     def flush(self) -> bool:
         """One last try to write everything; False where something is not written."""
         if self._unwritten:
             try:
+                self._list()
                 _patiently(self._save, PATIENCE if self.once else 1.0)
             except DatabaseError as error:
                 self._report(str(error))
         return not self._unwritten
-
-    def _try(self, step: Callable[[], Store | None]) -> Store | None:
-        """What `step` gives; None where it has to be tried again."""
-        store, problem, unwritten = None, "", self._unwritten
-        try:
-            store = step()
-        except Busy as error:
-            now = time.monotonic()
-            unwritten.busy, unwritten.pause = min(unwritten.busy, now), now + 0.2
-            if now < unwritten.busy + PATIENCE:  # no problem yet
-                return None
-            problem = str(error)
-        except DatabaseError as error:
-            problem = str(error)
-        if problem or not unwritten:
-            unwritten.busy = math.inf
-            self._report(problem)
-        return store
 
     def _report(self, problem: str) -> None:
         if problem and problem != self.problem:
@@ -718,47 +680,31 @@ class Database:
             log.info("recovered: %s", self.problem)
         self.problem = problem
 
-    def _read(self) -> Store | None:
-        try:
-            return self.file.read()
-        except DatabaseError:
-            if self._unwritten:  # the write says what is wrong, or there would be two problems by turns
-                return None
-            raise
-
     def _list(self) -> None:
         """List deliveries, all with one fsync; from then on they are safe."""
         if self._unwritten.delivered:
             self.deliveries.add(self._unwritten.delivered)
-        self._unwritten.listed |= self._unwritten.delivered.keys()
-        self._unwritten.delivered.clear()
+            self._unwritten.listed |= self._unwritten.delivered.keys()
+            self._unwritten.delivered.clear()
 
     def _save(self) -> Store:
-        """List deliveries, then let the file say what became of the orders."""
-        self._list()
-        unwritten, begun = self._unwritten, time.monotonic()
+        """Let the file say what became of the orders."""
+        begun = time.monotonic()
         try:
             store = change(self.file, self._edit, 0.2)
         finally:
-            unwritten.pause = time.monotonic() + (SHARE - 1) * (time.monotonic() - begun)
-        unwritten.listed.clear()
-        unwritten.failed.clear()
-        unwritten.failing = False
+            self._unwritten.pause = time.monotonic() + (SHARE - 1) * (time.monotonic() - begun)
+        self._unwritten = _Unwritten(pause=self._unwritten.pause)
         return store
 
     def _edit(self, store: Store) -> None:
         store.take(self._listed_in(store))
         store.fail(self._unwritten.failed)
-        self.failing = {key: record for key, record in self.failing.items() if key in store.orders}
-        store.set_failing(self.failing)
+        store.set_failing({key: record for key, record in self.failing.items() if key in store.orders})
 
     def _listed_in(self, store: Store) -> set[str]:
-        """The orders of the file that are delivered; says which of them somebody added again.
-
-        The list is read after the file: `retry` writes to the list first, so that what it puts into
-        the file is never taken out again for an older line.
-        """
-        self.deliveries.refresh()
+        """The orders of the file that are delivered; says which of them somebody added again."""
+        self.deliveries.refresh()  # after the file: `retry` writes to the list before it writes to the file
         listed = store.orders.keys() & self.deliveries.ids
         again, self._unwritten.listed = listed - self._unwritten.listed, listed
         if again:
@@ -832,15 +778,15 @@ def retry_orders(
 
     since: only those that failed since then.
     """
-    path, moved = _real(path), list[str]()
+    path, moved, first = _real(path), list[str](), stamp(since) if since else ""
 
     def edit(store: Store) -> None:
         failed, deliveries = store.failed, Deliveries(path)
         deliveries.refresh()
         named = [key for key in failed if is_task_id(key) and task_id in (None, key)]
-        moved[:] = [key for key in named if since is None or _failed_at(failed[key]) >= since]
-        if not named and task_id in deliveries.ids:
-            moved.append(str(task_id))
+        moved[:] = [key for key in named if str(failed[key].get("failed", "")) >= first]
+        if not named and task_id and deliveries.mentions(task_id):
+            moved.append(task_id)
         if again := {key: "-" for key in moved if key in deliveries.ids}:
             deliveries.add(again)  # before it is pending, or the poller would remove it
         for key in moved:
@@ -854,12 +800,6 @@ def retry_orders(
     return moved
 
 
-def _failed_at(record: Fields) -> datetime:
-    with contextlib.suppress(ValueError):  # typed by somebody
-        return utc(str(record.get("failed")))
-    return datetime.min.replace(tzinfo=timezone.utc)
-
-
 # --- python db.py ----------------------------------------------------------------------------
 
 
@@ -868,13 +808,9 @@ def _show(name: str, orders: dict[str, Fields], *keys: str) -> None:
     if orders:
         rows = [["order", *keys]]
         for task_id, fields in orders.items():
-            rows.append([task_id, *(_on_one_line(fields.get(key, "")) for key in keys)])
+            rows.append([task_id, *(" ".join(str(fields.get(key, "")).split()) for key in keys)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         print(*("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows), "", sep="\n")
-
-
-def _on_one_line(value: object) -> str:
-    return " ".join(str(value).split())
 
 
 def _list(path: Path) -> None:
@@ -889,7 +825,7 @@ def _list(path: Path) -> None:
         if said := beside(path, "pid").read_text().partition(" ")[2].strip():
             print(f"the poller says: {said}")
     for item in store.strange:
-        print(f"not an order, left alone: {_on_one_line(item)}")
+        print(f"not an order, left alone: {item}")
     first = stamp(datetime.now(timezone.utc) - timedelta(days=1))
     count = sum(when >= first for when, _ in delivered.values())
     print(f"{count} delivered in the last 24 hours")
@@ -897,28 +833,26 @@ def _list(path: Path) -> None:
         print(f"last delivery: {when} {task_id} {name}")
 
 
-def _add(task_id: str, project_id: str | None, path: Path) -> None:
-    if add_order(task_id, project_id, path):
+def _run(given: argparse.Namespace) -> None:
+    path, task_id = _real(None), vars(given).get("task_id")
+    if given.command == "list":
+        _list(path)
+    elif given.command == "retry":
+        moved = retry_orders(task_id, path, given.since)
+        if task_id is not None and not moved:
+            raise ValueError(f"{task_id} has neither failed nor been delivered: see python db.py list")
+        print(f"{len(moved)} order{'s' * (len(moved) != 1)} will be polled again")
+    elif add_order(given.task_id, given.project, path):
         print(f"{task_id} is pending now, in {path}")
-    elif delivered := Deliveries(path).all().get(task_id):
+    elif delivered := Deliveries(path).all().get(given.task_id):
         again = f"To deliver it again: python db.py retry {task_id}"
         raise ValueError(f"{task_id} was delivered at {delivered[0]}, as {delivered[1]}. {again}")
     else:
         print(f"{task_id} was pending already, in {path}")
 
 
-def _retry(task_id: str | None, since: datetime | None, path: Path) -> None:
-    moved = retry_orders(task_id, path, since)
-    if task_id is not None and not moved:
-        raise ValueError(f"{task_id} has neither failed nor been delivered; python db.py list shows what has")
-    print(f"{len(moved)} order{'s' * (len(moved) != 1)} will be polled again")
-
-
 def open_streams() -> None:
-    """Let each standard stream be one that takes any text.
-
-    Where one was closed, as by 2>&-, no other file may take its place.
-    """
+    """Let each standard stream take any text; where one was closed, no other file may take its place."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
@@ -945,13 +879,7 @@ def main() -> int:
     for name in (signal.SIGPIPE, signal.SIGINT):  # `db.py list | head` and Ctrl-C are no errors
         signal.signal(name, signal.SIG_DFL)
     try:
-        path = _real(None)
-        if given.command == "list":
-            _list(path)
-        elif given.command == "add":
-            _add(given.task_id, given.project, path)
-        else:
-            _retry(given.task_id, given.since, path)
+        _run(given)
         sys.stdout.flush()
     except (DatabaseError, ValueError, OSError) as error:
         print(f"db.py: {error}", file=sys.stderr)

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -211,12 +211,12 @@ def test_a_retry_by_time(path: Path) -> None:
     records = {
         "early": {"status": 500, "failed": "2026-01-01T11:59:59Z"},
         "late": {"status": 500, "failed": "2026-01-01T12:00:00Z"},
-        "gone": {"status": 404, "failed": "2026-01-01T14:00:00+01:00"},
-        "typed": {"status": 500, "failed": "yesterday"},
+        "gone": {"status": 404, "failed": "2026-01-01T13:00:00Z"},
         "bare": {},
     }
     noon = datetime(2026, 1, 1, 12, tzinfo=timezone.utc)
-    for since, moved in ((noon, {"late", "gone"}), (None, set(records))):
+    abroad = noon.astimezone(timezone(timedelta(hours=5)))
+    for since, moved in ((noon, {"late", "gone"}), (abroad, {"late", "gone"}), (None, set(records))):
         save(path, {"orders": {}, "failed": records})
         assert set(db.retry_orders(None, path, since)) == moved
         assert set(db.get_orders(path)) == moved
@@ -811,3 +811,30 @@ def test_a_lock_that_is_a_link_is_not_followed(path: Path) -> None:
     with pytest.raises(db.DatabaseError):
         db.add_order("a", path=path)
     assert victim.read_text() == "precious"
+
+
+def test_a_retry_that_was_interrupted_or_begun_anew_is_not_lost(path: Path) -> None:
+    """The list says "again" before the file has the order; in between the file may not be writable."""
+    db.Deliveries(path).add({"a": "a.png"})
+    path.write_text("{")
+    with pytest.raises(db.DatabaseError):
+        db.retry_orders("a", path)
+    db.Deliveries(path).add({"a": "-"})  # as if it had been killed just then
+    path.write_text('{"orders": {}}')
+    assert db.retry_orders("a", path) == ["a"]
+    assert list(db.get_orders(path)) == ["a"]
+
+
+def test_a_retry_survives_an_editor_that_saves_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    db.Deliveries(path).add({"a": "a.png"})
+    path.write_text('{"orders": {}}')
+    real, saved = db.Deliveries.add, []
+
+    def add(deliveries: db.Deliveries, files: Any) -> None:
+        real(deliveries, files)
+        if not saved:
+            saved.append(path.write_text('{"orders": {"typed": {}}}'))
+
+    monkeypatch.setattr(db.Deliveries, "add", add)
+    assert db.retry_orders("a", path) == ["a"]
+    assert sorted(db.get_orders(path)) == ["a", "typed"]

@@ -81,7 +81,7 @@ def test_each_order_ends_as_a_file_or_under_failed_or_stays_pending(home: Home) 
         assert re.search(rf"DEBUG +{task} polled \(project p-1\)", log)
     for task, kind in good.items():
         said = (
-            rf"{task} delivered to {home.orders}/{task}\.{kind} "
+            rf"{task} delivered to orders/{task}\.{kind} "
             r"\([\d.]+ (bytes|kB|MB), [\d.]+ h after it was added\)"
         )
         assert len(re.findall(said, log)) == 1
