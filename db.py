@@ -66,7 +66,7 @@ def settings() -> dict[str, str]:
         # Not interpolated, as in the workshop's Node `dotenv`: a "$" in a secret is a "$".
         file = dotenv_values(HERE / ".env", interpolate=False, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DatabaseError(f"cannot read {HERE / '.env'}: {error}. Mend it or its permissions.") from None
+        raise DatabaseError(f"cannot read {HERE / '.env'}: {error}. Fix it or its permissions.") from None
     return {name: value for name, value in (*file.items(), *os.environ.items()) if value}
 
 
@@ -75,7 +75,7 @@ def mend(error: OSError) -> str:
     mends = {errno.ENOENT: "Make the folder.", errno.ENOSPC: "Make room.", errno.EDQUOT: "Make room."}
     mends |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "Make it a folder.")
     mends |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit (ulimit -n).")
-    return mends.get(error.errno or 0, "Mend the folder's permissions.")
+    return mends.get(error.errno or 0, "Fix the folder's permissions.")
 
 
 def is_task_id(value: object) -> bool:
@@ -323,10 +323,10 @@ class File:
             self.problem = f"{self.path} is missing. {PUT_BACK}"
         except OSError as error:
             self.seen = ()
-            raise DatabaseError(f"cannot read {self.path}: {error.strerror}. Mend its permissions.") from None
+            raise DatabaseError(f"cannot read {self.path}: {error.strerror}. Fix its permissions.") from None
         except (ValueError, RecursionError) as error:
             what = "it is nested too deeply" if isinstance(error, RecursionError) else error
-            self.problem = f"{self.path}: {what}. It is left as it is: mend it."
+            self.problem = f"{self.path}: {what}. It is left as it is: fix it."
         young = time.monotonic() < self.since + SAVING
         raise (Busy if young else DatabaseError)(self.problem)
 
@@ -353,7 +353,7 @@ def change(file: File, edit: Callable[[Store], None], patience: float) -> Store:
             try:
                 written = _replace(file.path, store.text(), seen)
             except (ValueError, RecursionError) as error:  # of what JSON can be read, but not be written
-                raise DatabaseError(f"{file.path}: {error}. Mend it.") from None
+                raise DatabaseError(f"{file.path}: {error}. Fix it.") from None
             if written:
                 note(held)
                 file.seen, file.existed = written, True
@@ -513,7 +513,7 @@ class Deliveries:
                 for found in self.LINE.finditer(data):
                     (self.ids.discard if found[3] == b"-" else self.ids.add)(found[2].decode())
         except OSError as error:
-            warn_once(f"cannot read {self.path}: {error.strerror}. Mend that: nothing counts as delivered.")
+            warn_once(f"cannot read {self.path}: {error.strerror}. Fix that: nothing counts as delivered.")
 
     def all(self) -> dict[str, tuple[str, str]]:
         """When (UTC) and as which file each order was delivered, the oldest first."""
@@ -785,7 +785,9 @@ def retry_orders(
         deliveries.refresh()
         named = [key for key in failed if is_task_id(key) and task_id in (None, key)]
         moved[:] = [key for key in named if str(failed[key].get("failed", "")) >= first]
-        if not named and task_id and deliveries.mentions(task_id):
+        # "-" and not pending: an earlier try was interrupted.
+        lost = task_id and task_id not in store.orders and deliveries.mentions(task_id)
+        if not named and task_id and (lost or task_id in deliveries.ids):
             moved.append(task_id)
         if again := {key: "-" for key in moved if key in deliveries.ids}:
             deliveries.add(again)  # before it is pending, or the poller would remove it

@@ -33,7 +33,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
@@ -42,12 +41,11 @@ import chili
 import db
 
 VERSION = "2026-11-26"
-EX_SOFTWARE, EX_CONFIG = 70, 78  # sysexits.h: "internal software error", "configuration error"
+EX_SOFTWARE, EX_CONFIG = 70, 78  # of sysexits.h
 SHORTEST_PAUSE = 2.0  # seconds between two polls of one order; CHILI's own client takes 2
 REJECTIONS = 3  # at least, before an order fails; see GIVE_UP_AFTER
 MINUTE = 60.0  # seconds in which no retry warning of one kind is logged twice
 ALARM = 600.0  # seconds of an outage before it is an error
-READY = 30.0  # seconds: systemd is told so long after the start at the latest
 OUTPUT = 10_000_000  # bytes of what a command prints that are kept
 NEVER = float("inf")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -77,9 +75,8 @@ class SettingsError(Exception):
 
 def address(url: str) -> str:
     try:
-        scheme, host, _ = chili.origin(url)
-        # It must be the same server as requests sends it.
-        if set("?#@") & set(url) or chili.origin(chili.prepared(url)) != chili.origin(url):
+        scheme, host, _ = chili.origin(chili.prepared(url))
+        if set("?#@") & set(url):
             raise ValueError
     except ValueError:
         raise ValueError("is not a web address: write it as https://HOST") from None
@@ -112,9 +109,7 @@ def command(text: str) -> list[str]:
     if words and "/" in words[0]:
         words[0] = str(db.HERE / words[0])
     if words and not shutil.which(words[0]):
-        raise ValueError(
-            f"names {words[0]}, which cannot be found or run: install it, or write its whole path"
-        )
+        raise ValueError(f"names {words[0]}, which cannot be run: install it, or write its whole path")
     return words
 
 
@@ -142,21 +137,20 @@ def load_settings() -> Settings:
     found: dict[str, Any] = {}
     try:
         given = db.settings()
-        if "SERVER_SECRET_FILE" in given and "SERVER_SECRET" in given:
-            wrong.append("SERVER_SECRET and SERVER_SECRET_FILE are both set: remove one of them")
-        elif "SERVER_SECRET_FILE" in given:
-            given["SERVER_SECRET"] = beside(given["SERVER_SECRET_FILE"]).read_text("utf-8-sig").strip()
+        if secret_file := given.get("SERVER_SECRET_FILE"):
+            if "SERVER_SECRET" in given:
+                raise ValueError("SERVER_SECRET is set as well: remove one of them")
+            given["SERVER_SECRET"] = beside(secret_file).read_text("utf-8-sig").strip()
             if not given["SERVER_SECRET"]:
-                raise OSError(f"{given['SERVER_SECRET_FILE']} is empty")
+                raise ValueError("it is empty: write the secret into it")
     except db.DatabaseError as error:
         raise SettingsError(str(error)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(
-            f"SERVER_SECRET_FILE: {error}: name a readable file that holds the secret"
-        ) from None
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, too
+        raise SettingsError(f"SERVER_SECRET_FILE: {error}") from None
     if not set(REQUIRED) & given.keys() and not (db.HERE / ".env").exists():
-        text = f"no settings yet: in {db.HERE}, cp .env.example .env, and fill in its four lines"
-        raise SettingsError(text)
+        raise SettingsError(
+            f"no settings yet: in {db.HERE}, cp .env.example .env, and fill in its four lines"
+        )
     for name, read, default in READERS:
         try:
             if name in REQUIRED and not given.get(name):
@@ -174,7 +168,6 @@ class CannotWrite(chili.TryAgainLater):
 
 
 def disk_error(folder: Path, error: OSError) -> chili.TryAgainLater:
-    """Why a file cannot be written, and what to do."""
     text = f"cannot write to {folder}: {error.strerror}. "
     if error.errno == errno.EFBIG:  # others may be smaller
         return chili.TryAgainLater(f"{text}Raise the limit (ulimit -f).")
@@ -206,7 +199,7 @@ class OnceAMinute(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         now, text = time.monotonic(), record.getMessage()
-        kind = message_kind(text)
+        kind = re.sub(r"[\w-]*\d[\w.:-]*", "#", text)  # without ids and numbers
         if now < self.passed.get(kind, -MINUTE) + MINUTE:
             self.held[kind] += 1
             return False
@@ -216,18 +209,13 @@ class OnceAMinute(logging.Filter):
         return True
 
 
-def message_kind(text: str) -> str:
-    """What is the same for many orders: a text without its ids and numbers."""
-    return re.sub(r"[\w-]*\d[\w.:-]*", "#", text)
-
-
 class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no argument
     """The log on stderr: in a terminal with a live line below it, under systemd as the journal likes it.
 
     Behind a queue with a thread of its own: a full pipe or Ctrl-S holds up neither a delivery nor a stop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, verbose: bool) -> None:
         super().__init__(sys.stderr)
         self.terminal = sys.stderr.isatty()
         self.live = self.drawn = ""  # the live line as it should be, and as it is
@@ -238,6 +226,12 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
         self.queue: queue.Queue[Any] = queue.Queue(10_000)
         self.listener = logging.handlers.QueueListener(self.queue, self)
         self.listener.start()
+        logging.getLogger().addHandler(logging.handlers.QueueHandler(self.queue))
+        for name in ("poller", "chili", "db"):
+            logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
+        logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it logs whole addresses, with signatures
+        logging.raiseExceptions = False  # a log that nobody reads is no reason to fail
+        retry_log.addFilter(OnceAMinute())
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -254,10 +248,9 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
 
     def show(self, line: str) -> None:
         """Put `line` in the place of the live line."""
-        if self.terminal:
-            self.live = line
-            if self.queue.empty():  # else the next record draws it
-                self.queue.put_nowait(logging.makeLogRecord({"redraw": True}))
+        self.live = line
+        if self.terminal and self.queue.empty():  # else the next record draws it
+            self.queue.put_nowait(logging.makeLogRecord({"redraw": True}))
 
     def draw(self, line: str) -> None:
         if not self.terminal:
@@ -281,25 +274,12 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
         stop.join(0.5)
 
 
-def start_log(verbose: bool) -> Screen:
-    screen = Screen()
-    logging.getLogger().addHandler(logging.handlers.QueueHandler(screen.queue))
-    for name in ("poller", "chili", "db"):
-        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
-    logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it logs whole addresses, with signatures
-    logging.raiseExceptions = False  # a log that nobody reads is no reason to fail
-    retry_log.addFilter(OnceAMinute())
-    return screen
-
-
 def notify(state: str) -> None:
     """Tell systemd, where it asked to be told: a datagram to $NOTIFY_SOCKET, see sd_notify(3)."""
-    place = os.environ.get("NOTIFY_SOCKET")
-    if not place:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.setblocking(False)
-        sock.sendto(state.encode(errors="replace"), re.sub("^@", "\0", place))  # @: an abstract one
+    if place := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.sendto(state.encode(errors="replace"), re.sub("^@", "\0", place))  # @: an abstract one
 
 
 def duration(seconds: float) -> str:
@@ -307,11 +287,6 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def clock(seconds: float = 0.0) -> str:
-    """The time of day, in so many seconds."""
-    return time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))
 
 
 def plural(number: int, what: str) -> str:
@@ -334,10 +309,8 @@ class Order:
     problem: str = ""
     due: float = 0.0  # when to poll it; infinity while it is polled
     polled: float = 0.0  # when it was polled last
-    gone: bool = False  # somebody removed it from the file while it was polled
     size: int = 0  # bytes of its file that have come
-    total: int | None = None
-    began: float = 0.0  # when the first of them came; 0: it is not being downloaded
+    download: str = ""  # how far that is, as long as it goes on
 
     def enter(self, state: str, problem: str = "") -> None:
         """The one change of state; pauses, rejections and GIVE_UP_AFTER follow from what it counts."""
@@ -347,24 +320,14 @@ class Order:
 
     def progress(self, size: int, total: int | None) -> None:
         """The download calls this for each piece."""
-        self.began = self.began or time.monotonic()
-        self.total, self.size = total, size
-
-    def download(self) -> str:
-        """How far its download is; nothing where there is none."""
-        if not (began := self.began):  # read once: its thread may end it just now
-            return ""
-        seconds = max(0.001, time.monotonic() - began)
-        share = f"{100 * self.size // self.total}% of {chili.format_size(self.total)}" if self.total else ""
-        return f"{share or chili.format_size(self.size)}, {chili.format_size(self.size / seconds)}/s"
+        speed = size / max(0.001, time.monotonic() - self.polled)
+        share = f"{100 * size // total}% of {chili.format_size(total)}" if total else chili.format_size(size)
+        self.size, self.download = size, f"{share}, {chili.format_size(speed)}/s"
 
 
 def monotonic(when: Any) -> float:
-    """A time in the file in monotonic seconds; now for what is no time, or lies ahead.
-
-    Ages count on by the monotonic clock: one that is set back does not stop the polls.
-    """
-    now = time.monotonic()
+    """A time in the file in monotonic seconds; now for what is no time, or lies ahead."""
+    now = time.monotonic()  # a clock that is set back does not stop the polls
     with contextlib.suppress(ValueError, OverflowError):
         return min(now, now - time.time() + db.utc(str(when)).timestamp())
     return now
@@ -382,7 +345,6 @@ class Outage:
         self.longest = longest  # seconds between two tries
         self.error: chili.TryAgainLater | None = None
         self.since = self.until = 0.0  # when it began; the next try
-        self.times = 0  # tries in a row
         self.said: set[str] = set()  # what was logged of it
         self.quiet = self.ended = 0.0  # until when the next one is not logged; when the last one was over
         self.limited = 0.0  # until when GraFx wants no request
@@ -391,11 +353,10 @@ class Outage:
         """It was met, perhaps once more."""
         now = time.monotonic()
         if self.error is None:
-            self.since, self.times, self.said = now, 0, set()
-        if now >= self.until:
-            self.times += 1
-            self.until = now + backoff(self.times, self.longest)
+            self.since, self.said = now, set()
         self.error = error
+        if now >= self.until:  # 2 s, 4 s, 8 s, …, as long as it has lasted
+            self.until = now + min(self.longest, SHORTEST_PAUSE + now - self.since)
         if str(error) not in self.said and now >= self.quiet:
             log.warning("paused: %s; retrying in %s", error, duration(self.until - now))
             self.said.add(str(error))
@@ -409,11 +370,6 @@ class Outage:
             log.info("resumed after %s", duration(now - self.since))
             self.quiet = now + MINUTE
         self.error, self.until, self.ended = None, 0.0, now
-
-    def limit(self, seconds: float) -> None:
-        """GraFx wants no request for so long."""
-        retry_log.warning("rate limited: Retry-After %.0f s", seconds)
-        self.limited = max(self.limited, time.monotonic() + seconds)
 
     def pause(self) -> float:
         """Seconds until an order may be polled."""
@@ -432,7 +388,7 @@ class Hook:
 
     def __init__(self, words: list[str], timeout: float) -> None:
         self.words, self.timeout = words, timeout
-        self.running: dict[subprocess.Popen[bytes], str] = {}  # why the poller ended it, if it did
+        self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
 
     def run(self, order: Order, file: Path) -> None:
@@ -440,22 +396,22 @@ class Hook:
         if self.stopping:
             raise HookFailed("the poller is stopping")
         if not file.is_file():
-            raise HookFailed("its file was taken away before ON_DONE could run")
+            raise HookFailed("its file was removed before ON_DONE could run")
         with tempfile.TemporaryFile() as output:  # not a pipe, which what it leaves running would hold open
             fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)  # so that it can be truncated
             process = self.start(order, file, output)
-            self.wait(process, output)
-            lines = last_lines(output)
-        code, why = process.returncode, self.running.pop(process)
-        if code == 0 and not why:
-            for line in lines:
-                log.info("%s ON_DONE: %s", order.task_id, line)
+            why = self.wait(process, output)
+            output.seek(max(0, output.seek(0, os.SEEK_END) - 10_000))
+            text = output.read().decode(errors="replace")
+        lines = list(filter(None, map(chili.sanitize, text.splitlines())))[-10:]
+        code = process.returncode
+        fine = code == 0 and not why
+        for line in lines if fine else lines[:-1]:  # the last one is in the error
+            (log if fine else retry_log).info("%s ON_DONE: %s", order.task_id, line)
+        if fine:
             return
-        self.signal(process, signal.SIGKILL)  # what it left running
-        for line in lines[:-1]:  # the last one is in the error
-            retry_log.info("%s ON_DONE: %s", order.task_id, line)
         how = f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with {code}"
-        raise HookFailed(f"ON_DONE {why or how}" + "".join(f": {line}" for line in lines[-1:]))
+        raise HookFailed(": ".join((f"ON_DONE {why or how}", *lines[-1:])))
 
     def start(self, order: Order, file: Path, output: Any) -> subprocess.Popen[bytes]:
         words = [word.replace("{}", str(file)) for word in self.words]
@@ -469,42 +425,40 @@ class Hook:
             )
         except (OSError, ValueError) as error:
             raise HookFailed(f"ON_DONE cannot be run: {error}") from None
-        self.running[process] = ""
+        self.running.add(process)
         return process
 
-    def wait(self, process: subprocess.Popen[bytes], output: Any) -> None:
-        """Until it has ended, by force at its timeout."""
-        deadline = time.monotonic() + self.timeout
+    def wait(self, process: subprocess.Popen[bytes], output: Any) -> str:
+        """Until it has ended; by force at its timeout, or when the poller stops. Returns why by force."""
+        deadline, why = time.monotonic() + self.timeout, ""
         while process.poll() is None:
             if os.fstat(output.fileno()).st_size > OUTPUT:  # not after its end
                 output.truncate(0)
-            if self.stopping and not self.running[process]:  # it was just being started
-                self.stop(signal.SIGTERM)
+            if self.stopping and not why:
+                deadline, why = time.monotonic() + 0.8, "was ended because the poller stops"
+                signal_group(process, signal.SIGTERM)
             if time.monotonic() >= deadline:
-                self.running[process] = f"took longer than {self.timeout:g} s"
-                self.signal(process, signal.SIGKILL)
+                why = why or f"took longer than {self.timeout:g} s"
+                signal_group(process, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.1)
+        if process.returncode or why:
+            signal_group(process, signal.SIGKILL)  # what it left running
+        self.running.discard(process)
+        return why
 
-    def signal(self, process: subprocess.Popen[bytes], how: int) -> None:
-        """To a command and all that it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, how)
-
-    def stop(self, how: int) -> None:
-        """Signal all that run, whose exit code does not count then; no more are started."""
+    def stop(self) -> None:
+        """Have all that run ended, whose exit code does not count then; no more are started."""
         self.stopping = True
-        for process in tuple(self.running):
-            if process.poll() is None:
-                self.running[process] = "was ended, since the poller stops"
-            self.signal(process, how)
+        deadline = time.monotonic() + 1.5
+        while self.running and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
-def last_lines(output: Any, number: int = 10) -> list[str]:
-    """The last lines that a command printed, fit for the log."""
-    output.seek(max(0, output.seek(0, os.SEEK_END) - 1000 * number))
-    lines = (chili.sanitize(line) for line in output.read().decode(errors="replace").splitlines())
-    return [line for line in lines if line][-number:]
+def signal_group(process: subprocess.Popen[bytes], how: int) -> None:
+    """To a command and all that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, how)
 
 
 # --- the loop --------------------------------------------------------------------------------
@@ -531,42 +485,33 @@ class Poller:
         self.status = Status(screen, lock)
         self.ready = self.stopping = False  # ready: the token endpoint has answered
         self.exit_code = 0
-
-    def run(self) -> int:
-        """Poll until a signal, with `once` until each order was polled; returns the exit code."""
-        while True:
-            self.sync_orders()
-            self.poll_due_orders()
-            self.handle_results()
-            if self.stopping or self.is_done():
-                return self.stop()
-            self.status.report(self)
-
-    def begin(self) -> None:
-        """Read the file."""
         store, failing = self.database.start(), self.database.failing
-        log.info(
-            "GraFx order poller %s: %s, %s: %d pending, %d failing, %d failed, %d delivered",
-            VERSION, self.settings.database, self.settings.baseurl, len(store.orders) - len(failing),
-            len(failing), len(store.failed), len(self.database.deliveries.ids),
-        )  # fmt: skip
+        counts = f"{len(store.orders) - len(failing)} pending, {len(failing)} failing"
+        counts += f", {len(store.failed)} failed, {len(self.database.deliveries.ids)} delivered"
+        log.info("GraFx order poller %s: %s, %s: %s", VERSION, settings.database, settings.baseurl, counts)
         for task_id, fields in store.orders.items():
             self.add(task_id, fields)
         for name in STOP_SIGNALS:
             if signal.getsignal(name) != signal.SIG_IGN:
                 signal.signal(name, self.on_signal)
 
+    def run(self) -> int:
+        """Poll until a signal, with `once` until each order was polled; returns the exit code."""
+        while not self.stopping and not (self.once and self.is_done()):
+            self.sync_orders()
+            self.poll_due_orders()
+            self.handle_results()
+            self.status.report(self)
+        return self.stop()
+
+    def is_done(self) -> bool:
+        """With `once`: an outage is not waited for."""
+        return self.ready and not self.polling and (not self.orders or self.outage.pause() > 0)
+
     def on_signal(self, *_: object) -> None:
         """Set a flag, wake the loop, and nothing else: a signal may interrupt anything."""
         self.stopping = True
         self.results.put(None)
-
-    def is_done(self) -> bool:
-        """With `once`: an outage is not waited for."""
-        over = not self.orders or self.outage.pause() > 0
-        return self.once and self.ready and over and not self.polling
-
-    # --- orders come, are polled, and go
 
     def sync_orders(self) -> None:
         """Write the results; see which orders came into the file, and which were removed from it."""
@@ -575,22 +520,23 @@ class Poller:
             return
         for task_id, fields in new.items():
             self.add(task_id, fields)
+            if len(new) <= 5:
+                project = self.orders[task_id].project
+                log.info("%s added%s", task_id, f" (project {project})" if project else "")
         for task_id in gone:
-            self.orders[task_id].gone = True
-            if self.orders[task_id].due < NEVER:  # else its result removes it
-                del self.orders[task_id]
-        for task_ids, what in ((new.keys(), "added"), (gone, "removed from the file by somebody")):
-            for task_id in task_ids if len(task_ids) <= 5 else ():
-                project = self.orders[task_id].project if task_id in new else ""
-                log.info("%s %s%s", task_id, what, f" (project {project})" if project else "")
+            del self.orders[task_id]
+            if len(gone) <= 5:
+                log.info("%s removed from the file by somebody", task_id)
+        for task_ids, what in ((new, "added"), (gone, "removed from the file by somebody")):
             if len(task_ids) > 5:
                 log.info("%d orders %s", len(task_ids), what)
 
     def add(self, task_id: str, fields: db.Fields) -> None:
         """Know an order of the file; where an earlier process saw it rejected, that counts on."""
-        if task_id in self.orders:  # removed and added again while it was polled
-            self.orders[task_id].gone = False
-            return
+        for order in self.polling.values():
+            if order and order.task_id == task_id:  # removed and added again while it is polled
+                self.orders[task_id] = order
+                return
         order = Order(task_id, chili.sanitize(fields.get("projectID") or ""), monotonic(fields.get("added")))
         if record := self.database.failing.get(task_id):
             order.state, order.since = "rejected", monotonic(record.get("since"))
@@ -604,11 +550,10 @@ class Poller:
 
     def requeue(self, order: Order, pause: float) -> None:
         """Poll it again in so many seconds; all the while it stays in database.json."""
-        if order.gone or (self.once and order.polled):
-            del self.orders[order.task_id]
-            return
+        if self.once and order.polled:
+            self.orders.pop(order.task_id, None)
         order.due = time.monotonic() + pause
-        heapq.heappush(self.queue, (order.due, order.task_id))
+        heapq.heappush(self.queue, (order.due, order.task_id))  # stale where somebody removed it meanwhile
 
     def next_due(self) -> float:
         """When the next order is due, in monotonic seconds."""
@@ -622,8 +567,6 @@ class Poller:
     def poll_due_orders(self) -> None:
         """Give due orders to the threads, no more than may be polled at once."""
         now, paused = time.monotonic(), self.outage.pause() > 0
-        if self.stopping:
-            return
         if not self.grafx.token.issued and not paused and None not in self.polling.values():
             self.submit(None)  # so it shows at once whether the credentials are right
         if paused or not self.grafx.token.issued:  # a file that is here needs no GraFx
@@ -649,17 +592,18 @@ class Poller:
             file = chili.order_done(order.task_id, self.grafx, self.settings.orders_dir, order.progress)
         except OSError as error:
             raise disk_error(self.settings.orders_dir, error) from None
-        order.began = 0.0
-        if file and self.hook.words:
-            self.hook.run(order, file)
+        order.download = ""
+        try:
+            if file and self.hook.words:
+                self.hook.run(order, file)
+        except OSError as error:  # no room for its output
+            raise HookFailed(f"ON_DONE cannot be run: {error}") from None
         return file
-
-    # --- results
 
     def handle_results(self, seconds: float | None = None) -> None:
         """Wait for a result, but no longer than to the next order due or the next report; handle all."""
         if seconds is None:
-            seconds, now = self.status.tick(), time.monotonic()
+            seconds, now = self.status.pause, time.monotonic()
             if self.grafx.token.issued and len(self.polling) < self.settings.concurrency:
                 seconds = min(seconds, max(self.next_due() - now, self.outage.pause()))
         with contextlib.suppress(queue.Empty):
@@ -669,53 +613,61 @@ class Poller:
                 seconds = 0.0
 
     def handle(self, order: Order | None, future: Future[Any]) -> None:
-        """What a poll ended with, and what becomes of its order."""
+        """What a poll, or the first token's request, ended with."""
         error = future.exception()
+        if error and not isinstance(error, (chili.TaskRejected, chili.TryAgainLater)):
+            what = order.task_id if order else "the token:"
+            retry_log.error("%s unexpected error, please report it", what, exc_info=error)
+            error = chili.TryAgainLater(f"unexpected {type(error).__name__}")
         if isinstance(error, chili.CredentialsRejected) and not self.grafx.token.issued:
             log.error("%s", error)
             self.exit_code, self.stopping = EX_CONFIG, True
         if isinstance(error, chili.TryAgainLater) and error.retry_after:
-            self.outage.limit(error.retry_after)
-        if order is None:
-            return self.token_came(error)
-        if isinstance(error, chili.TaskRejected):
-            self.rejected(order, error)
-        elif isinstance(error, chili.TryAgainLater):
-            self.retry_later(order, error)
-        elif error:
-            retry_log.error("%s unexpected error, please report it", order.task_id, exc_info=error)
-            self.retry_later(order, chili.TryAgainLater(f"unexpected {type(error).__name__}"))
-        elif file := future.result():
-            self.delivered(order, file)
-        else:
-            self.pending(order)
-        order.size, order.began = 0, 0.0
-        self.status.results[order.state] += 1
-
-    def token_came(self, error: BaseException | None) -> None:
-        """From the first answer on, orders are polled, and systemd knows."""
-        self.ready = True
-        if isinstance(error, chili.TryAgainLater) and not self.stopping:
+            retry_log.warning("rate limited: Retry-After %.0f s", error.retry_after)
+            self.outage.limited = max(self.outage.limited, time.monotonic() + error.retry_after)
+        if order:
+            self.end_outage(order, error)
+            if isinstance(error, chili.TaskRejected):
+                self.rejected(order, error)
+            elif isinstance(error, chili.TryAgainLater):
+                self.retry_later(order, error)
+            elif file := future.result():
+                self.delivered(order, file)
+            else:
+                self.pending(order)
+            order.size, order.download = 0, ""
+            self.status.results[order.state] += 1
+            return
+        self.ready = True  # orders are polled from now on, and systemd is told
+        if self.outage.error and not error:
+            self.outage.end()
+        elif isinstance(error, chili.TryAgainLater) and not self.stopping:
             self.outage.begin(error)
-        elif self.outage.error:
+
+    def end_outage(self, order: Order, error: BaseException | None) -> None:
+        """Where this poll began after the outage did, and shows that it is over."""
+        if self.outage.error is None or order.polled < self.outage.since:
+            return
+        if isinstance(self.outage.error, CannotWrite):  # only a new file shows that the disk takes one
+            over = order.size > 0 and (error is None or isinstance(error, HookFailed))
+        else:  # a file that was here says nothing about GraFx
+            shared = isinstance(error, chili.TryAgainLater) and error.shared
+            over = order.state != WAITING and not shared
+        if over:
             self.outage.end()
 
     def delivered(self, order: Order, file: Path) -> None:
         """Its file is whole on the disk, and ON_DONE has run: it may leave database.json."""
-        if order.size:  # else the file was here before, which says nothing about GraFx
-            self.answered(order, delivered=True)
-        self.end(order, "delivered")
+        order.enter("delivered")
+        self.orders.pop(order.task_id, None)  # somebody may have removed it meanwhile
         self.database.delivered(order.task_id, file.name)
-        self.status.last = f"last delivery {clock()}"
+        self.status.last = f"last delivery {time.strftime('%H:%M:%S')}"
         size = chili.format_size(order.size) if order.size else "downloaded before"
-        shown = f"{file.parent.name}/{file.name}"
-        text = "%s delivered to %s (%s, %s after it was added)"
-        took = duration(time.monotonic() - order.added)
-        log.info(text, order.task_id, shown, size, took)
+        place, took = f"{file.parent.name}/{file.name}", duration(time.monotonic() - order.added)
+        log.info("%s delivered to %s (%s, %s after it was added)", order.task_id, place, size, took)
 
     def pending(self, order: Order) -> None:
         """204: GraFx renders it."""
-        self.answered(order)
         order.enter("rendering")
         self.database.pending(order.task_id)
         # So a file is here at most a quarter of its render time (and 2 s) after it is ready,
@@ -725,18 +677,19 @@ class Poller:
 
     def rejected(self, order: Order, error: chili.TaskRejected) -> None:
         """There is no file, GraFx says. It fails when that was so for GIVE_UP_AFTER without a break."""
-        self.answered(order)
         order.enter("rejected", str(error))
         left = order.since + self.settings.give_up_after - time.monotonic()
         project = order.project or "not given"
         if error.final or (order.times >= REJECTIONS and left <= 0):
-            self.end(order, "failed")
+            order.enter("failed")
+            self.orders.pop(order.task_id, None)
             self.database.failed(order.task_id, error.status, str(error))
             log.error("%s failed (project %s): %s", order.task_id, project, error)
             return
         if order.times == 1:
+            until = time.strftime("%H:%M:%S", time.localtime(time.time() + max(0.0, left)))
             text = "%s rejected by GraFx: %s (project %s); retrying until %s, then it fails"
-            retry_log.warning(text, order.task_id, error, project, clock(max(0.0, left)))
+            retry_log.warning(text, order.task_id, error, project, until)
         if self.once or self.database.failing.get(order.task_id, {}).get("status") != error.status:
             seconds = round(time.time() - time.monotonic() + order.since)
             since = db.stamp(datetime.fromtimestamp(seconds, timezone.utc))
@@ -747,52 +700,35 @@ class Poller:
     def retry_later(self, order: Order, error: chili.TryAgainLater) -> None:
         """It could not be polled or delivered, through no fault of its own."""
         pause, hook = 0.0, isinstance(error, HookFailed)
-        # What was asked before the last outage ended says nothing about now.
-        shared = error.shared and (self.outage.error is not None or order.polled >= self.outage.ended)
         order.enter(WAITING if hook else "retrying", str(error))
         self.database.pending(order.task_id)
+        # What was asked before the last outage ended says nothing about now.
+        shared = error.shared and (self.outage.error is not None or order.polled >= self.outage.ended)
         if shared and not self.stopping:
             self.outage.begin(error)
         elif not self.stopping:
-            if not hook:
-                self.answered(order)
             pause = backoff(order.times, self.settings.poll_interval)
             text = "%s %s; retrying in %s" if hook else "%s cannot be polled: %s; retrying in %s"
             retry_log.warning(text, order.task_id, error, duration(pause))
         self.requeue(order, pause)
 
-    def end(self, order: Order, state: str) -> None:
-        """It is not polled any more."""
-        order.enter(state)
-        del self.orders[order.task_id]
-
-    def answered(self, order: Order, delivered: bool = False) -> None:
-        """GraFx has answered a poll: if that began after the outage did, it is over.
-
-        That the disk takes a file again, only a delivery shows.
-        """
-        error = self.outage.error
-        if error and order.polled >= self.outage.since and (delivered or not isinstance(error, CannotWrite)):
-            self.outage.end()
-
     def stop(self) -> int:
         """End the commands, and write the results. Downloads are dropped."""
         notify("STOPPING=1")
         self.stopping = True
-        for how, seconds in ((signal.SIGTERM, 0.8), (signal.SIGKILL, 0.5)):
-            deadline = time.monotonic() + seconds
-            self.hook.stop(how)
-            while self.hook.running and time.monotonic() < deadline:
-                self.handle_results(0.05)
-        self.handle_results(0.05)
-        left = len(self.orders)
-        bad = self.status.results.keys() & {"failed", WAITING, "retrying"}
-        if self.once and left:
+        self.hook.stop()
+        self.handle_results(0.5 if self.hook.words and self.polling else 0.05)
+        written, left, results = self.database.flush(), len(self.orders), self.status.results
+        db.note(self.status.lock)  # nothing is wrong any more
+        if not self.once:
+            log.info("stopped, %d pending", left)
+            return self.exit_code
+        if left:
             log.warning("%s not polled; the next run polls them", plural(left, "order"))
-        if (not self.database.flush() or bad or left) and self.once:
-            self.exit_code = self.exit_code or 1
-        self.status.stop(self)
-        return self.exit_code
+        said = ", ".join(f"{results[state]} {state}" for state in STATES if results[state])
+        log.info("polled %s%s", plural(results.total(), "order"), said and f": {said}")
+        fine = written and not left and not results.keys() & {"failed", WAITING, "retrying"}
+        return self.exit_code or (0 if fine else 1)
 
 
 class Status:
@@ -801,23 +737,25 @@ class Status:
     def __init__(self, screen: Screen, lock: TextIO) -> None:
         self.screen, self.lock = screen, lock
         self.results: Counter[str] = Counter()  # of all polls
+        self.states: tuple[Any, Counter[str]] = (None, Counter())  # of the orders, and as of which results
         self.last = self.note = ""  # the last delivery; what `db.py list` shows
-        self.started, self.due = time.monotonic(), 0.0  # the next report
-        self.ready = False  # whether systemd was told
+        self.due = 0.0  # the next report
+        self.ready_by = time.monotonic() + 30.0  # systemd is told then at the latest
 
-    def tick(self) -> float:
+    @property
+    def pause(self) -> float:
         """Seconds between two reports."""
         return min(db.LOOK, 0.2) if self.screen.terminal else db.LOOK
 
     def report(self, poller: Poller) -> None:
-        """How it stands."""
         now = time.monotonic()
         if now < self.due:
             return
-        self.due = now + self.tick()
-        downloads = [order for order in poller.polling.values() if order and order.download()]
-        states = Counter(map(attrgetter("state"), poller.orders.values()))
-        states -= Counter(order.state for order in downloads)
+        self.due, version = now + self.pause, (self.results.total(), len(poller.orders))
+        if version != self.states[0]:  # there may be 20,000 of them
+            self.states = version, Counter(order.state for order in poller.orders.values())
+        downloads = [order for order in poller.polling.values() if order and order.download]
+        states = self.states[1] - Counter(order.state for order in downloads)
         states["downloading"] = len(downloads)
         counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
         problem, due = self.problem(poller, states)
@@ -826,11 +764,11 @@ class Status:
             db.note(self.lock, problem)
         when = f" in {max(0.0, due - now):.0f} s" if due < NEVER else ""
         wrong = f"retrying{when}: {problem}" if problem else ""
+        first = now >= self.ready_by or (poller.ready and self.ready_by < NEVER)
+        self.ready_by = NEVER if first else self.ready_by
         state = "; ".join(filter(None, (wrong, counts, self.last)))
-        first = (poller.ready or now > self.started + READY) and not self.ready
-        self.ready = self.ready or first
         notify("READY=1\n" * first + f"WATCHDOG=1\nSTATUS={state}")  # from the loop, so only while it turns
-        loading = [f"{order.task_id[:8]} {order.download()}" for order in downloads]
+        loading = [f"{order.task_id[:8]} {order.download}" for order in downloads]
         following = f"next poll{when}" if when and not wrong else ""
         self.screen.show(" | ".join(filter(None, (wrong, *loading, counts, following, self.last))))
 
@@ -843,22 +781,17 @@ class Status:
         if outage.pause():
             due = time.monotonic() + outage.pause()
             reasons = reasons or ["rate limited by GraFx"]
-        reasons += [poller.database.problem] if poller.database.problem else []
+        if poller.database.problem:
+            reasons.append(poller.database.problem)
+        stuck = []
         if not reasons and (states["retrying"] or states[WAITING]):
-            orders = (order for order in poller.orders.values() if order.state in ("retrying", WAITING))
-            if stuck := [order for order in orders if order.problem]:
-                due = min(order.due for order in stuck)
-                reasons = [f"{plural(len(stuck), 'order')}: {min(stuck, key=attrgetter('since')).problem}"]
+            orders = poller.orders.values()
+            stuck = [order for order in orders if order.problem and order.state in ("retrying", WAITING)]
+        if stuck:
+            due = min(order.due for order in stuck)
+            oldest = min(stuck, key=lambda order: order.since)
+            reasons = [f"{plural(len(stuck), 'order')}: {oldest.problem}"]
         return "; ".join(reasons), due
-
-    def stop(self, poller: Poller) -> None:
-        """The last line."""
-        self.screen.show("")
-        if poller.once:
-            said = ", ".join(f"{self.results[state]} {state}" for state in STATES if self.results[state])
-            log.info("polled %s%s", plural(self.results.total(), "order"), said and f": {said}")
-        else:
-            log.info("stopped, %d pending", len(poller.orders))
 
 
 # --- python poller.py ------------------------------------------------------------------------
@@ -870,21 +803,15 @@ def check(settings: Settings) -> int:
 
     def database() -> str:
         store = db.read(settings.database)
-        with db.lock(settings.database, "lock", db.PATIENCE):
-            pass  # it can be had, so the file can be written
-        return f"{settings.database}: {len(store.orders)} pending, {len(store.failed)} failed"
-
-    def answers() -> str:
-        if not grafx.token.issued:
-            raise chili.TryAgainLater("not tried, since there is no token")
-        return chili.check_environment(grafx)
+        with db.lock(settings.database, "lock", db.PATIENCE):  # it can be had, so the file can be written
+            return f"{settings.database}: {len(store.orders)} pending, {len(store.failed)} failed"
 
     steps: dict[str, Callable[[], Any]] = {
         "settings": lambda: "complete",
         "database": database,
         "folder": lambda: prepare_folder(settings.orders_dir),
         "token": lambda: grafx.token.get() and f"{settings.token_url} gives one",
-        "GraFx": answers,
+        "GraFx": lambda: chili.check_environment(grafx),
     }
     for name, step in steps.items():
         try:
@@ -896,32 +823,39 @@ def check(settings: Settings) -> int:
     return code
 
 
-def arguments() -> argparse.Namespace:
-    """Of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="poller.py",
-        description="Fetch the files of finished GraFx orders: from database.json to ./orders.",
-        epilog="Settings come from the environment and .env beside poller.py; README.md lists them."
-        " Exit codes: 0 done; 1 an order failed or could not be polled, or the poller cannot start;"
-        " 70 a fault of the poller's own; 78 wrong settings or rejected credentials.",
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--once", action="store_true", help="poll each order once, and end")
-    what.add_argument(
-        "--check", action="store_true", help="try settings, database, folder, token and GraFx, and end"
-    )
-    parser.add_argument("-v", "--verbose", action="store_true", help="log each request, without any secret")
-    return parser.parse_args()
+def run(settings: Settings, screen: Screen, once: bool) -> int:
+    """Be the only poller of this database. Raises DatabaseError, CannotWrite, OSError."""
+    with db.lock(settings.database, "pid", patience=0) as lock:
+        db.note(lock)
+        prepare_folder(settings.orders_dir)
+        chili.remove_leftovers(settings.orders_dir)
+        poller = Poller(settings, screen, lock, once)
+        try:
+            return poller.run()
+        except Exception:
+            poller.hook.stop()
+            log.critical("the poller crashed, please report it", exc_info=True)
+            return EX_SOFTWARE
 
 
 def main() -> int:
     """`python poller.py`; returns the exit code."""
     for name in STOP_SIGNALS:
         if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(name, lambda *_: os._exit(0))  # until `Poller.begin`, there is nothing to end
+            signal.signal(name, lambda *_: os._exit(0))  # until there is a Poller, there is nothing to end
     db.open_streams()
-    given = arguments()
-    screen = start_log(given.verbose)
+    parser = argparse.ArgumentParser(
+        prog="poller.py",
+        description="Fetch the files of finished GraFx orders: from database.json to ./orders.",
+        epilog="Settings come from the environment and .env; README.md lists them. Exit codes:"
+        " 1 an order failed or could not be polled; 70 please report it; 78 wrong settings or credentials.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--once", action="store_true", help="poll each order once, and end")
+    what.add_argument("--check", action="store_true", help="try settings, database, folder, token and GraFx")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log each request, without any secret")
+    given = parser.parse_args()
+    screen = Screen(given.verbose)
     try:
         settings = load_settings()
         return check(settings) if given.check else run(settings, screen, given.once)
@@ -934,22 +868,6 @@ def main() -> int:
         return 1
     finally:
         screen.finish()
-
-
-def run(settings: Settings, screen: Screen, once: bool) -> int:
-    """Be the only poller of this database. Raises DatabaseError, CannotWrite, OSError."""
-    with db.lock(settings.database, "pid", patience=0) as lock:
-        db.note(lock)
-        prepare_folder(settings.orders_dir)
-        chili.remove_leftovers(settings.orders_dir)
-        poller = Poller(settings, screen, lock, once)
-        poller.begin()
-        try:
-            return poller.run()
-        except Exception:
-            poller.hook.stop(signal.SIGKILL)
-            log.critical("the poller is broken and ends, please report it", exc_info=True)
-            return EX_SOFTWARE
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ if os.geteuid() == 0 and sys.platform.startswith("linux"):
 SOME_PASSES = (
     2.2  # seconds; it tries again at least once a second, and a slower machine only makes fewer passes
 )
-Mend = Callable[[], object]
+Fix = Callable[[], object]
 
 
 def requests(home: Home, what: str) -> int:
@@ -85,7 +85,7 @@ def small(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def fill(folder: Path) -> Mend:
+def fill(folder: Path) -> Fix:
     filler = folder / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
@@ -180,7 +180,7 @@ def too_many_open_files(home: Home) -> None:
 # --- folders and files that go away --------------------------------------------------------------
 
 
-def orders_folder(home: Home, fault: Callable[[], Mend]) -> None:
+def orders_folder(home: Home, fault: Callable[[], Fix]) -> None:
     task_ids = [home.grafx.add(), home.grafx.add()]
     home.wait_for()
     poller = home.start(before=BEFORE)
@@ -196,7 +196,7 @@ def orders_folder(home: Home, fault: Callable[[], Mend]) -> None:
 
 
 def orders_folder_read_only(home: Home) -> None:
-    def fault() -> Mend:
+    def fault() -> Fix:
         home.orders.chmod(0o555)
         return lambda: home.orders.chmod(0o755)
 
@@ -204,7 +204,7 @@ def orders_folder_read_only(home: Home) -> None:
 
 
 def orders_folder_closed(home: Home) -> None:
-    def fault() -> Mend:
+    def fault() -> Fix:
         home.orders.chmod(0)
         return lambda: home.orders.chmod(0o755)
 
@@ -212,7 +212,7 @@ def orders_folder_closed(home: Home) -> None:
 
 
 def orders_folder_removed(home: Home) -> None:
-    def fault() -> Mend:
+    def fault() -> Fix:
         home.orders.rmdir()
         return home.orders.mkdir
 
@@ -220,7 +220,7 @@ def orders_folder_removed(home: Home) -> None:
 
 
 def orders_folder_is_a_file(home: Home) -> None:
-    def fault() -> Mend:
+    def fault() -> Fix:
         home.orders.rmdir()
         home.orders.touch()
         return lambda: (home.orders.unlink(), home.orders.mkdir())
@@ -228,7 +228,7 @@ def orders_folder_is_a_file(home: Home) -> None:
     orders_folder(home, fault)
 
 
-def database(home: Home, fault: Callable[[], Mend]) -> None:
+def database(home: Home, fault: Callable[[], Fix]) -> None:
     """It goes away during a download, so both reading and writing fail."""
     task_id = home.grafx.add(size=20_000)
     home.grafx.fault("download", "slow", rate=20_000)
@@ -245,7 +245,7 @@ def database(home: Home, fault: Callable[[], Mend]) -> None:
 
 
 def database_unreadable(home: Home) -> None:
-    def fault() -> Mend:
+    def fault() -> Fix:
         home.database.chmod(0)
         return lambda: home.database.chmod(0o644)
 
@@ -253,7 +253,7 @@ def database_unreadable(home: Home) -> None:
 
 
 def database_is_a_folder(home: Home) -> None:
-    def fault() -> Mend:
+    def fault() -> Fix:
         home.database.rename(home.folder / "kept")
         home.database.mkdir()
         return lambda: (home.database.rmdir(), (home.folder / "kept").rename(home.database))
@@ -262,7 +262,7 @@ def database_is_a_folder(home: Home) -> None:
 
 
 def database_no_json(home: Home) -> None:
-    def fault() -> Mend:
+    def fault() -> Fix:
         before = home.database.read_text()
         home.write(before[:-3])
         return lambda: home.write(before)
@@ -271,7 +271,7 @@ def database_no_json(home: Home) -> None:
 
 
 def database_in_a_read_only_folder(home: Home) -> None:
-    def fault() -> Mend:
+    def fault() -> Fix:
         home.folder.chmod(0o555)
         return lambda: home.folder.chmod(0o755)
 

@@ -981,7 +981,7 @@ def test_a_file_that_was_taken_away_is_downloaded_again(desk: Desk) -> None:
         "file for file in [real(*given)] if not file or took or took.append(file.unlink()) or True)"
     )
     running = home.start(before=before)
-    running.says(f"{task_id} its file was taken away before ON_DONE could run; retrying in")
+    running.says(f"{task_id} its file was removed before ON_DONE could run; retrying in")
     eventually(lambda: not home.waiting(), "it is delivered")
     assert (home.folder / "log").read_text() == f"{home.orders / task_id}.png\n"
     assert desk.downloads(task_id) == 2
