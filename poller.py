@@ -518,6 +518,8 @@ class Poller:
         new, gone = self.database.sync(idle=not self.polling and self.next_due() > time.monotonic())
         if self.once:
             return
+        if new or gone:
+            self.status.states = None, Counter()  # to be counted anew
         for task_id, fields in new.items():
             self.add(task_id, fields)
             if len(new) <= 5:
@@ -751,10 +753,11 @@ class Status:
         now = time.monotonic()
         if now < self.due:
             return
-        self.due, version = now + self.pause, (self.results.total(), len(poller.orders))
+        self.due, version = now + self.pause, self.results.total()
         if version != self.states[0]:  # there may be 20,000 of them
             self.states = version, Counter(order.state for order in poller.orders.values())
-        downloads = [order for order in poller.polling.values() if order and order.download]
+        polled = (order for order in poller.polling.values() if order and order.task_id in poller.orders)
+        downloads = [order for order in polled if order.download]
         states = self.states[1] - Counter(order.state for order in downloads)
         states["downloading"] = len(downloads)
         counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
