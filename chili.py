@@ -15,6 +15,7 @@ and an answer that is not understood closes all idle connections, with whatever 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gzip
 import json
@@ -58,6 +59,7 @@ FORMATS = {
 NO_TYPE = ("", "application/octet-stream", "binary/octet-stream")
 PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
 
+CREDENTIAL_ERRORS = ("invalid_client", "unauthorized_client", "invalid_grant", "access_denied")
 GRAFX, TOKEN_SERVER, DOWNLOAD_SERVER = "GraFx", "the token server", "the download server"
 
 log = logging.getLogger("chili")
@@ -363,8 +365,8 @@ def _ask_for_token(url: str, form: dict[str, str]) -> tuple[str, float]:
     with requests.Session() as session, send(session, TOKEN_SERVER, "POST", url, json=form) as response:
         said, pause, status = read_json(response), retry_after(response), response.status_code
     value, lasts = said.get("access_token"), said.get("expires_in")
-    # RFC 6749, section 5.2: a rejection has its own words. Without them it is a gateway's.
-    if status in (400, 401, 403) and isinstance(said.get("error"), str):
+    # RFC 6749, section 5.2, and Auth0's access_denied. Any other 4xx is a gateway's, or passes.
+    if status in (400, 401, 403) and said.get("error") in CREDENTIAL_ERRORS:
         words = sanitize(said.get("error_description") or said["error"])
         text = f"{url} rejects SERVER_ID and SERVER_SECRET: {_status(response)} {words}".rstrip()
         raise CredentialsRejected(text, True, pause)
@@ -490,6 +492,9 @@ def order_done(
         folder = os.open(orders_dir, os.O_RDONLY)
         try:
             os.fsync(folder)
+        except OSError as error:  # some file systems cannot do it, such as VirtualBox shared folders
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
         finally:
             os.close(folder)
     return file

@@ -364,8 +364,12 @@ def _replace(path: Path, content: bytes, seen: Version) -> Version:
     """Put a new file in the place of `path`, in one step; None where that is not as `seen` any more."""
     temp = path.with_name(f".{path.name.removeprefix('.')}.tmp")  # one, however many are killed
     try:
+        old = path.stat() if seen else None
+    except FileNotFoundError:  # some editors rename a file away before they write the new one
+        return None
+    try:
         temp.unlink(missing_ok=True)
-        with os.fdopen(_create(temp, path.stat() if seen else None), "wb") as file:
+        with os.fdopen(_create(temp, old), "wb") as file:
             fd = file.fileno()
             file.write(content)
             file.flush()
@@ -394,7 +398,7 @@ def _create(place: Path, old: os.stat_result | None = None) -> int:
     like, mode = old or folder, old.st_mode if old else os.fstat(fd).st_mode
     if not old and folder.st_mode & 0o020:
         mode |= 0o060
-    # As far as one may: perhaps the owner, but not the group, and some file systems know neither.
+    # As far as permitted: perhaps the owner but not the group; some file systems have neither.
     for owner, group in ((-1, like.st_gid), (like.st_uid, -1)):
         with contextlib.suppress(PermissionError):
             os.fchown(fd, owner, group)
@@ -421,7 +425,8 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system without such a thing, as of VirtualBox
+        # Some file systems cannot do it, such as VirtualBox shared folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
     finally:
         os.close(fd)
@@ -656,7 +661,7 @@ class Database:
             except Busy:
                 problem = problem or self.problem  # neither another one nor over
             except DatabaseError as error:
-                if not unwritten:  # else the write says what is wrong, or there would be two by turns
+                if not unwritten:  # else the failed write is the problem that is reported
                     problem = str(error)
         if problem or (look and not self._unwritten):
             unwritten.busy = math.inf
@@ -890,4 +895,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # what could not be said, as into a full disk, is not tried again
+    os._exit(main())  # no second try to flush what could not be written, say to a full disk

@@ -742,7 +742,7 @@ class Status:
         self.states: tuple[Any, Counter[str]] = (None, Counter())  # of the orders, and as of which results
         self.last = self.note = ""  # the last delivery; what `db.py list` shows
         self.due = 0.0  # the next report
-        self.ready_by = time.monotonic() + 30.0  # systemd is told then at the latest
+        self.ready_by = time.monotonic() + 30.0  # READY=1 is sent by then at the latest
 
     @property
     def pause(self) -> float:
@@ -770,7 +770,7 @@ class Status:
         first = now >= self.ready_by or (poller.ready and self.ready_by < NEVER)
         self.ready_by = NEVER if first else self.ready_by
         state = "; ".join(filter(None, (wrong, counts, self.last)))
-        notify("READY=1\n" * first + f"WATCHDOG=1\nSTATUS={state}")  # from the loop, so only while it turns
+        notify("READY=1\n" * first + f"WATCHDOG=1\nSTATUS={state}")  # it stops where the loop hangs
         loading = [f"{order.task_id[:8]} {order.download}" for order in downloads]
         following = f"next poll{when}" if when and not wrong else ""
         self.screen.show(" | ".join(filter(None, (wrong, *loading, counts, following, self.last))))
@@ -843,6 +843,9 @@ def run(settings: Settings, screen: Screen, once: bool) -> int:
 
 def main() -> int:
     """`python poller.py`; returns the exit code."""
+    # A parent may have them ignored or blocked. Where SIGCHLD is ignored, each command seems to end with 0.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     for name in STOP_SIGNALS:
         if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
             signal.signal(name, lambda *_: os._exit(0))  # until there is a Poller, there is nothing to end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.utils
 import errno
 import gzip
+import json
 import os
 import re
 import resource
@@ -380,6 +381,7 @@ def test_a_download_that_is_not_ready_is_retried(poll: Client, status: int) -> N
     poll.grafx.fault("download", f"status-{status}")
     error = poll.fails(task)
     assert isinstance(error, LATER)
+    assert not isinstance(error, chili.CredentialsRejected)
     assert not error.shared
     assert poll.delivers(task)
 
@@ -591,6 +593,17 @@ def test_rejected_credentials_have_an_exception_of_their_own(poll: Client) -> No
         *((f"status-{status}", {}) for status in (404, 429, 500, 503)),
         *((f"status-{status}", {"body": PAGE, "content_type": "text/html"}) for status in (400, 401, 403)),
         *((name, {}) for name in ("cut-json", "html", "empty", "reset", "redirect-away", "echo-token")),
+        *(  # a gateway's words, or a passing error of RFC 6749 (section 5.2) and RFC 8628
+            (f"status-{status}", {"body": json.dumps({"error": word}).encode()})
+            for status, word in (
+                (403, "Forbidden"),
+                (400, "temporarily_unavailable"),
+                (400, "server_error"),
+                (401, "slow_down"),
+                (403, "Rate limit reached"),
+                (403, ["access_denied"]),
+            )
+        ),
         ("huge", {"size": TOO_LONG}),
         *(
             ("other-json", {"value": value})
@@ -1253,3 +1266,18 @@ def test_an_address_is_requested_to_the_letter_but_without_a_user(
     poll.fails(poll.grafx.add(link=f"{server.url}/first" if redirected else link))
     assert server.asked[-1] == f"GET {asked} HTTP/1.1"
     assert len(server.asked) == 1 + redirected
+
+
+def test_a_file_system_that_cannot_sync_a_folder_is_no_reason_to_stop(
+    poll: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    task = poll.grafx.add()
+    assert poll(task) == poll.folder / f"{task}.png"

@@ -838,3 +838,20 @@ def test_a_retry_survives_an_editor_that_saves_meanwhile(path: Path, monkeypatch
     monkeypatch.setattr(db.Deliveries, "add", add)
     assert db.retry_orders("a", path) == ["a"]
     assert sorted(db.get_orders(path)) == ["a", "typed"]
+
+
+def test_an_editor_that_renames_the_file_away_just_before_it_is_written_is_waited_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.write_text('{"orders": {"old": {}}}')
+    real, away = db._replace, path.with_name("database.json~")
+
+    def replace(place: Path, content: bytes, seen: Any) -> Any:
+        if not away.exists():
+            place.rename(away)
+            threading.Timer(0.3, path.write_text, ['{"orders": {"typed": {}}}']).start()
+        return real(place, content, seen)
+
+    monkeypatch.setattr(db, "_replace", replace)
+    assert db.add_order("new", path=path)
+    assert sorted(db.get_orders(path)) == ["new", "typed"]

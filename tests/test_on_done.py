@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PATIENCE, QUICK, ROOT, Home, eventually, find_program
+from conftest import PATIENCE, QUICK, ROOT, Home, Running, eventually, find_program
 from sandbox import Sandbox
 
 SECRETS = ("SERVER_ID", "SERVER_SECRET", "SERVER_SECRET_FILE", "FRONT_ID", "FRONT_SECRET")
@@ -985,3 +985,18 @@ def test_a_file_that_was_taken_away_is_downloaded_again(desk: Desk) -> None:
     eventually(lambda: not home.waiting(), "it is delivered")
     assert (home.folder / "log").read_text() == f"{home.orders / task_id}.png\n"
     assert desk.downloads(task_id) == 2
+
+
+def test_a_parent_that_ignores_or_blocks_signals_changes_nothing(home: Home) -> None:
+    """Where SIGCHLD is ignored nobody learns an exit code, and a command that failed seems to end with 0."""
+    home.wait_for(task_id := home.grafx.add())
+    inherit = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", inherit, *home.command(before=QUICK)]
+    running = Running(home, command, home.environment(ON_DONE="false"))
+    home.pollers.append(running)
+    running.says(f"{task_id} ON_DONE ended with 1; retrying in")
+    assert running.stop() == 0
+    assert list(home.waiting()) == [task_id]

@@ -299,3 +299,16 @@ def test_ctrl_c_before_the_loop_needs_no_traceback(home: Home, arguments: list[s
     eventually(lambda: home.grafx.requests, "the token is requested")
     running.stop(signal.SIGINT)
     assert "Traceback" not in running.log()
+
+
+def test_a_gateways_403_for_the_first_token_is_retried(home: Home) -> None:
+    """With exit code 78 systemd would not start it again."""
+    body = b'{"statusCode": 403, "error": "Forbidden"}'
+    fault = home.grafx.fault("token", "status-403", body=body, content_type="application/json", times=None)
+    home.wait_for(task_id := home.grafx.add())
+    daemon = home.start(before=QUICK)
+    daemon.says("paused: no token: .* answered 403 Forbidden; retrying in")
+    assert fault
+    home.grafx.clear_faults()
+    daemon.says(f"{task_id} delivered to ")
+    assert daemon.stop() == 0
