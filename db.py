@@ -70,12 +70,12 @@ def settings() -> dict[str, str]:
     return {name: value for name, value in (*file.items(), *os.environ.items()) if value}
 
 
-def mend(error: OSError) -> str:
+def advice(error: OSError) -> str:
     """What to do about a file that cannot be made, read or written."""
-    mends = {errno.ENOENT: "Make the folder.", errno.ENOSPC: "Make room.", errno.EDQUOT: "Make room."}
-    mends |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "Make it a folder.")
-    mends |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit (ulimit -n).")
-    return mends.get(error.errno or 0, "Fix the folder's permissions.")
+    known = {errno.ENOENT: "Make the folder.", errno.ENOSPC: "Make room.", errno.EDQUOT: "Make room."}
+    known |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "Make it a folder.")
+    known |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit (ulimit -n).")
+    return known.get(error.errno or 0, "Fix the folder's permissions.")
 
 
 def is_task_id(value: object) -> bool:
@@ -382,7 +382,7 @@ def _replace(path: Path, content: bytes, seen: Version) -> Version:
             sync_folder(path.parent)
             return written
     except OSError as error:
-        raise DatabaseError(f"cannot write {path}: {error.strerror}. {mend(error)}") from None
+        raise DatabaseError(f"cannot write {path}: {error.strerror}. {advice(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
@@ -468,7 +468,7 @@ def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
             raise Busy(f"a poller for {path} is already running, as {holder}. One is enough.") from None
         raise Busy(f"{path} is being written by {holder}, which holds {place}. Try again.") from None
     except OSError as error:
-        raise DatabaseError(f"cannot lock {place}: {error.strerror}. {mend(error)}") from None
+        raise DatabaseError(f"cannot lock {place}: {error.strerror}. {advice(error)}") from None
     with file:
         try:
             yield file
@@ -558,7 +558,7 @@ class Deliveries:
             if not size:
                 sync_folder(self.path.parent)
         except OSError as error:
-            raise DatabaseError(f"cannot write {self.path}: {error.strerror}. {mend(error)}") from None
+            raise DatabaseError(f"cannot write {self.path}: {error.strerror}. {advice(error)}") from None
         self.refresh()
 
     def shorten(self) -> None:
@@ -865,7 +865,8 @@ def open_streams() -> None:
     os.close(fd)
     sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what a terminal cannot show
+    # Escape what a terminal cannot show.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def main() -> int:

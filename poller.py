@@ -171,7 +171,7 @@ def disk_error(folder: Path, error: OSError) -> chili.TryAgainLater:
     text = f"cannot write to {folder}: {error.strerror}. "
     if error.errno == errno.EFBIG:  # others may be smaller
         return chili.TryAgainLater(f"{text}Raise the limit (ulimit -f).")
-    return CannotWrite(text + db.mend(error), shared=True)
+    return CannotWrite(text + db.advice(error), shared=True)
 
 
 def prepare_folder(orders_dir: Path) -> Path:

@@ -40,6 +40,16 @@ WATCH = (
 )
 REPORTS: list[str] = []  # what tests want to be printed at the end
 
+# Options of the sandbox's fault "late": one answer, and behind it another that may be another task's.
+LATE: list[dict[str, Any]] = [
+    {"status": 504},
+    {"status": 504, "pause": 0},
+    {"status": 504, "pause": 0.3},
+    {"status": 504, "task": "other"},
+    {"status": 204, "task": "other"},
+    {"status": 204, "task": "other", "pause": 0},
+]
+
 PATIENCE = 30.0  # seconds: how long a busy machine may take for anything
 
 

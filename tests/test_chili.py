@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Home, Relay, Wire, eventually
+from conftest import LATE, Home, Relay, Wire, eventually
 from sandbox import PAGE, TYPES, Answer, Request, Sandbox
 
 import chili
@@ -938,16 +938,6 @@ def raw(line: str, connection: socket.socket, answer: bytes = b"HTTP/1.1 204 No 
 
 def whole(body: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-
-
-LATE: list[dict[str, Any]] = [
-    {"status": 504},
-    {"status": 504, "pause": 0},
-    {"status": 504, "pause": 0.3},
-    {"status": 504, "task": "other"},
-    {"status": 204, "task": "other"},
-    {"status": 204, "task": "other", "pause": 0},
-]
 
 
 @pytest.mark.parametrize("what", ["token", "task", "download"])

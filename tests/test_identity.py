@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Home, Running, eventually
+from conftest import LATE, Home, Running, eventually
 from sandbox import PAGE, Request, skipped
 
 import chili
@@ -68,16 +68,6 @@ def test_an_interim_answer_is_retried_and_never_gives_a_wrong_file(
     delivered(home, *tasks)
     assert len([request for request in home.grafx.requests if request.fault]) == 20
     assert "rejected" not in running.log()
-
-
-LATE: list[dict[str, Any]] = [
-    {"status": 504},
-    {"status": 504, "pause": 0},
-    {"status": 504, "pause": 0.3},
-    {"status": 504, "task": "other"},
-    {"status": 204, "task": "other"},
-    {"status": 204, "task": "other", "pause": 0},
-]
 
 
 @pytest.mark.parametrize("what", ["task", "download"])
