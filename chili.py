@@ -15,7 +15,6 @@ and an answer that is not understood closes all idle connections, with whatever 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import gzip
 import json
@@ -30,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -44,6 +43,7 @@ SLOWEST, SLOW_START = 1000, 60.0  # bytes a second of a body, after so many seco
 LONGEST_RETRY_AFTER = 300.0  # seconds
 TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
 TOKEN_PAUSE = 60.0  # seconds between two renewals because of a 401, or after one that failed
+FRESH = 300.0  # seconds for which connections are used
 REDIRECTS = 5
 HEADERS = {"Accept": "application/json, */*", "Accept-Encoding": "identity", "User-Agent": "grafx-poller"}
 
@@ -56,7 +56,10 @@ FORMATS = {
     "mp4": (("video/mp4",), rb"....ftyp"),
     "zip": (("application/zip", "application/x-zip-compressed"), rb"PK(\x03\x04|\x05\x06)"),
 }
+NO_CODING = ("", "identity", "gzip")
 NO_TYPE = ("", "application/octet-stream", "binary/octet-stream")
+NO_TASK = "00000000-0000-0000-0000-000000000000"
+ASP_NET = "An error occurred while processing your request."  # the server's own fault, whatever the task
 PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
 
 CREDENTIAL_ERRORS = ("invalid_client", "unauthorized_client", "invalid_grant", "access_denied")
@@ -70,12 +73,15 @@ _secrets: deque[str] = deque(maxlen=32)  # the last tokens and the secret, for `
 class TaskRejected(Exception):
     """GraFx rejects this task: it could not render it, does not know it, or lost its file.
 
-    status: the HTTP status. final: retrying is useless, whereas any other rejection may pass.
+    status: the HTTP status. proven: it is about this task, whereas anything else may come from whatever
+    stands before GraFx, or from a wrong ENVIRONMENT. final: retrying is useless.
     """
 
-    def __init__(self, message: str, status: int | None = None, final: bool = False) -> None:
+    def __init__(
+        self, message: str, status: int | None = None, proven: bool = False, final: bool = False
+    ) -> None:
         super().__init__(message)
-        self.status, self.final = status, final
+        self.status, self.proven, self.final = status, proven or final, final
 
 
 class TryAgainLater(Exception):
@@ -124,8 +130,9 @@ def _reason(error: BaseException) -> str:
         error = inner
         causes = (*error.args, getattr(error, "reason", None), error.__cause__)
         inner = next((cause for cause in causes if isinstance(cause, BaseException)), None)
-    text = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error)
-    return sanitize(text) or type(error).__name__
+    if wrong := getattr(error, "verify_message", ""):  # of a certificate
+        return f"{wrong}; for a private CA, set REQUESTS_CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt"
+    return sanitize(getattr(error, "strerror", "") or error) or type(error).__name__
 
 
 def _status(response: requests.Response) -> str:
@@ -171,37 +178,50 @@ def send(session: requests.Session, who: str, method: str, url: str, **more: Any
         request = requests.Request(method, url, HEADERS, **more).prepare()
         response = session.send(request, timeout=TIMEOUT, allow_redirects=False, **settings)
     except (InvalidURL, InvalidSchema, TypeError, UnicodeEncodeError):
-        problem = "HTTPS_PROXY or HTTP_PROXY is not the address of an HTTP proxy"
+        # By its value, which may have a password in it.
+        given = settings["proxies"].get(server[0], settings["proxies"].get("all"))
+        names = [name for name, value in os.environ.items() if value and value == given]
+        problem = f"{'/'.join(names) or 'HTTPS_PROXY'} is not the address of an HTTP proxy"
+        if str(given).startswith("socks"):
+            problem = f"{'/'.join(names)} is a SOCKS proxy, which needs: pip install 'requests[socks]'"
         raise TryAgainLater(problem, shared=True) from None
     except ProxyError as error:
         reason, proxy = _reason(error), urlsplit(settings["proxies"].get(server[0], ""))
         problem = "refuses to connect" if reason.startswith("Tunnel connection") else "is unreachable"
-        problem = f"the proxy {proxy.hostname}:{proxy.port} {problem}: {reason}"
+        problem = "wants a user and a password" if " 407" in reason else problem
+        problem = f"the proxy {proxy.hostname}:{proxy.port} {problem} ({reason})"
         raise TryAgainLater(problem, shared=True) from None
     except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-        reason = f"{server[1]}: {_reason(error)}"
+        reason = f"{_reason(error)}, {server[1]}"
         if error.args and isinstance(error.args[0], MaxRetryError):  # without retries, so it did not connect
-            raise TryAgainLater(f"{who} is unreachable: {reason}", who != DOWNLOAD_SERVER) from None
-        raise NotUnderstood(f"{who} gave no answer: {reason}") from None
+            raise TryAgainLater(f"{who} is unreachable ({reason})", who != DOWNLOAD_SERVER) from None
+        raise NotUnderstood(f"{who} gave no answer ({reason})") from None
     took, path = (time.monotonic() - began) * 1000, urlsplit(url).path  # no query: it may be signed
     log.debug("%s %s%s: %s, %.0f ms", method, server[1], path, response.status_code, took)
     return response
 
 
+def coding(response: requests.Response) -> str:
+    """Its Content-Encoding. None was asked for, but some gateways apply one, or name what is none."""
+    return sanitize(response.headers.get("Content-Encoding", "")).lower().removeprefix("x-")[:40]
+
+
 def pieces(response: requests.Response) -> Iterator[bytes]:
-    """The body as it comes, decoded. Raises NotUnderstood where it may be incomplete, or is too slow."""
-    read, total = response.raw.read1, response.raw.length_remaining  # read1 returns what is there
-    if total is None and not response.raw.chunked:
+    """The body as it comes, gzip decoded. Raises NotUnderstood where it may be incomplete, or is too slow."""
+    raw, total = response.raw, response.raw.length_remaining
+    if total is None and not raw.chunked:
         raise NotUnderstood("the answer has neither a length nor an end that shows it is whole")
-    # None was asked for, but some gateways apply one anyway.
-    coding = response.headers.get("Content-Encoding", "").strip().lower().removeprefix("x-")
-    if coding == "gzip":  # not by urllib3, which accepts a stream that ends too early
-        source: Any = SimpleNamespace(read=read)
-        read, total = gzip.GzipFile(fileobj=source).read1, None
-    elif coding not in ("", "identity"):
-        raise TryAgainLater(f"the answer has the unknown coding {sanitize(coding)[:40]}")
     began, came = time.monotonic(), 0
     try:
+        start = [raw.read(2)]
+
+        def read(size: int) -> bytes:
+            return start.pop() if start else raw.read1(size)  # which returns what is there
+
+        if coding(response) == "gzip" and start[0] == b"\x1f\x8b":
+            # Not by urllib3, which accepts a stream that ends too early.
+            source: Any = SimpleNamespace(read=read)
+            read, total = gzip.GzipFile(fileobj=source).read1, None
         while piece := read(64 * 1024):
             yield piece
             came, seconds = came + len(piece), time.monotonic() - began
@@ -214,16 +234,17 @@ def pieces(response: requests.Response) -> Iterator[bytes]:
 
 
 def read_json(response: requests.Response) -> dict[str, Any]:
-    """The JSON object of a small answer; empty for anything else. Raises NotUnderstood."""
+    """The JSON object of a small answer; empty for anything else. Raises TryAgainLater."""
     body = bytearray()
     for piece in pieces(response):
         body += piece
         if len(body) > 1024 * 1024:  # GraFx's are below 10 kB
             return {}
-    try:
+    said = None
+    with contextlib.suppress(ValueError, RecursionError):
         said = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
+    if said is None and body and coding(response) not in NO_CODING:
+        raise TryAgainLater(f"the answer has the unknown coding {coding(response)}")
     return said if isinstance(said, dict) else {}
 
 
@@ -236,16 +257,18 @@ def retry_after(response: requests.Response) -> float | None:
 
 
 def error_for(response: requests.Response, who: str, prefix: str = "") -> TaskRejected | TryAgainLater:
-    """What an answer other than 200, 202 and 204 means, for the caller to raise. Raises NotUnderstood."""
+    """What an answer other than 200, 202 and 204 means, for the caller to raise. Raises TryAgainLater."""
     status, plainly = response.status_code, f"{prefix}{who} answered {_status(response)}"
     pause = retry_after(response) if who == GRAFX else None
     if status in (407, 408, 425) or not (status in (202, 204, 500) or 400 <= status < 500):
         return NotUnderstood(plainly, retry_after=pause)
     problem = read_json(response)  # RFC 9457
     said = ": ".join(sanitize(problem[key]) for key in ("title", "detail") if problem.get(key))
-    if status in (202, 204, 401, 429) or (status == 500 and not said):
+    # GraFx says so of this task. A 403 or 404 may be meant for all, whoever's words it has.
+    proven = status in (400, 422, 500) and who == GRAFX and bool(said) and not said.startswith(ASP_NET)
+    if status in (202, 204, 401, 429) or (status == 500 and not proven):
         return TryAgainLater(plainly, retry_after=pause)
-    return TaskRejected(prefix + said if said else plainly, status)
+    return TaskRejected(prefix + said if said else plainly, status, proven)
 
 
 class Pace:
@@ -390,17 +413,21 @@ class GraFx:
         self.tasks = f"{self.base_url}/grafx/api/v1/environment/{quote(environment, safe='')}/output/tasks/"
         self.token = DangerousToken(self.base_url, token_url, client_id, client_secret)
         self.session, self.pace = requests.Session(), Pace()
+        self.fresh_until = time.monotonic() + FRESH
         self.session.mount(self.base_url, HTTPAdapter(pool_maxsize=pool_size))
 
     def poll(self, task_id: str) -> str | None:
         """The address of a finished task's file; None while it renders. Raises as order_done."""
+        if time.monotonic() >= self.fresh_until:  # GraFx may have moved: its name is resolved again
+            self.fresh_until = time.monotonic() + FRESH
+            self.session.close()
         try:
             with self.get(self.session, self.tasks + task_id) as response:
                 if response.status_code not in (200, 202, 204):
                     raise error_for(response, GRAFX)
                 said = read_json(response)
                 # CHILI's example startPollingOnEndpoint.ts takes a 202 for "not finished".
-                return self._link(said, task_id) if response.status_code == 200 else None
+                return self._link(response, said, task_id) if response.status_code == 200 else None
         except NotUnderstood:
             self.session.close()
             raise
@@ -430,15 +457,20 @@ class GraFx:
         self.pace.learn(response.status_code, began)
         return response
 
-    def _link(self, said: dict[str, Any], task_id: str) -> str:
-        data = said.get("data")
+    def _link(self, response: requests.Response, said: dict[str, Any], task_id: str) -> str:
+        data, links = said.get("data"), said.get("links")
         about = data.get("taskId") if isinstance(data, dict) else None
         if isinstance(about, str) and about.casefold() != task_id.casefold():
             raise NotUnderstood(f"the answer was another task's: {sanitize(about)[:80]}")
-        try:
-            return self._address(said["links"]["download"])
-        except (KeyError, TypeError, ValueError):
-            raise TaskRejected("GraFx says finished, but gives no download link", 200) from None
+        link = links.get("download") if isinstance(links, dict) else None
+        if not link and about:  # from where CHILI's own web client (studio-ui) downloads
+            link = f"{self.tasks}{task_id}/download"
+        with contextlib.suppress(TypeError, ValueError):
+            if link:
+                # Not joined where it is whole, since that would change what may be signed.
+                whole = re.match("https?://", link, re.IGNORECASE)
+                return self._address(link if whole else urljoin(response.url, link))
+        raise TaskRejected("GraFx says finished, but gives no download link", 200)
 
     def _address(self, given: Any) -> str:
         """An address that a server gave, to be requested. Raises ValueError as `prepared`."""
@@ -450,19 +482,23 @@ class GraFx:
         return url
 
 
-def check_environment(grafx: GraFx) -> str:
-    """Poll a task that cannot exist; returns what is fine. Raises TaskRejected, TryAgainLater."""
-    with grafx.get(grafx.session, f"{grafx.tasks}00000000-0000-0000-0000-000000000000") as response:
+def check_environment(grafx: GraFx, task_id: str | None) -> str:
+    """Poll a pending task, else one that cannot exist; returns what is fine. Raises TryAgainLater."""
+    with grafx.get(grafx.session, grafx.tasks + (task_id or NO_TASK)) as response:
         said, status = read_json(response), response.status_code
     if origin(str(response.url)) != grafx.token.home:
         host = urlsplit(str(response.url)).hostname
         raise TryAgainLater(f"{grafx.base_url} redirects to {host}: look at BASEURL")
-    if status == 204 or (status in (200, 404) and said):
-        return f"{grafx.base_url} answers"
-    words = sanitize(said.get("detail") or said.get("title") or "without a word of GraFx's own")
+    about = f" about {task_id}" if task_id else ""
+    rejected = status == 500 and task_id and said and not str(said.get("title")).startswith(ASP_NET)
+    if rejected or status in (202, 204) or (status == 200 and said):
+        return f"{grafx.base_url} answers{about}"
+    if status == 404 and said and not task_id:
+        return f"{grafx.base_url} answers; only the first order shows whether ENVIRONMENT is right"
+    words = sanitize(said.get("detail") or said.get("title") or "not in GraFx's own words").rstrip(".")
     raise TryAgainLater(
-        f"{grafx.base_url} answered {_status(response)} {words}:"
-        " look at BASEURL and ENVIRONMENT, and whether the integration may read output"
+        f"{grafx.base_url} answered {_status(response)}{about}: {words}."
+        " Look at BASEURL and ENVIRONMENT, and at the integration's permissions."
     )
 
 
@@ -475,29 +511,21 @@ def order_done(
     """Poll a task; where it is finished, download its file to `<orders_dir>/<task_id>.<extension>`.
 
     Returns the file once it is whole and on the disk, None while the task renders. A file that is there
-    already is not downloaded again. Raises TaskRejected, TryAgainLater; OSError where the folder cannot
-    be written.
+    already is not downloaded again. The caller syncs the folder. Raises TaskRejected, TryAgainLater; OSError
+    where the folder cannot be written.
     """
-    file = find_file(orders_dir, task_id)
-    if not file and (link := grafx.poll(task_id)):
-        # A connection of its own: nobody's late answer can be taken for the file.
-        with requests.Session() as session, grafx.get(session, link) as response:
-            if response.status_code == 410:
-                raise TaskRejected("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
-            if response.status_code != 200:
-                home = origin(str(response.url)) == grafx.token.home
-                raise error_for(response, GRAFX if home else DOWNLOAD_SERVER, "the download: ")
-            file = _save(response, orders_dir, task_id, progress)
-    if file:  # also where it was here: a process may have been killed between its rename and this
-        folder = os.open(orders_dir, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        except OSError as error:  # some file systems cannot do it, such as VirtualBox shared folders
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-                raise
-        finally:
-            os.close(folder)
-    return file
+    if file := find_file(orders_dir, task_id):
+        return file
+    if not (link := grafx.poll(task_id)):
+        return None
+    # A connection of its own: nobody's late answer can be taken for the file.
+    with requests.Session() as session, grafx.get(session, link) as response:
+        if response.status_code == 200:
+            return _save(response, orders_dir, task_id, progress)
+        if response.status_code == 410:
+            raise TaskRejected("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
+        home = origin(str(response.url)) == grafx.token.home
+        raise error_for(response, GRAFX if home else DOWNLOAD_SERVER, "the download: ")
 
 
 def find_file(orders_dir: Path, task_id: str) -> Path | None:
@@ -510,9 +538,11 @@ def find_file(orders_dir: Path, task_id: str) -> Path | None:
 
 
 def remove_leftovers(orders_dir: Path) -> None:
-    """Remove the partial downloads of a killed process. Raises OSError."""
+    """Remove the partial downloads of a killed process, and nothing else."""
     for path in orders_dir.glob(".*.part"):
-        path.unlink(missing_ok=True)
+        if re.fullmatch(r"\.[\w.-]+\.part", path.name, re.ASCII):
+            with contextlib.suppress(OSError):  # the next download of that order says so
+                path.unlink()
 
 
 def _save(response: requests.Response, orders_dir: Path, task_id: str, progress: Progress) -> Path:
@@ -528,10 +558,10 @@ def _save(response: requests.Response, orders_dir: Path, task_id: str, progress:
                 size += len(piece)
                 progress(size, total)
             file.seek(0)
-            extension = _extension(response.headers.get("Content-Type", ""), file.read(16))
+            extension = _extension(response, file.read(16))
             file.seek(max(0, size - len(PNG_END)))
             if extension == "png" and file.read() != PNG_END:
-                raise TaskRejected("the PNG has no end", 200)
+                raise TaskRejected("the PNG has no end", 200, proven=True)
             os.fsync(file.fileno())
         whole = orders_dir / f"{task_id}.{extension}"
         if whole.is_dir():
@@ -542,14 +572,17 @@ def _save(response: requests.Response, orders_dir: Path, task_id: str, progress:
             temp.unlink(missing_ok=True)
 
 
-def _extension(content_type: str, first: bytes) -> str:
-    """The extension by type and first bytes. Raises TaskRejected where they do not agree."""
-    says = sanitize(content_type.partition(";")[0]).lower()[:80]
+def _extension(response: requests.Response, first: bytes) -> str:
+    """The extension by type and first bytes. Raises TaskRejected where they do not agree, TryAgainLater."""
+    says = sanitize(response.headers.get("Content-Type", "").partition(";")[0]).lower()[:80]
     looks = next((ext for ext, (_, begin) in FORMATS.items() if re.match(begin, first, re.DOTALL)), "")
     if looks and says in (*FORMATS[looks][0], *NO_TYPE):
         return looks
+    if first and not looks and coding(response) not in NO_CODING:
+        raise TryAgainLater(f"the file has the unknown coding {coding(response)}")
     if not first:
         raise TaskRejected("the file is empty", 200)
     if says in NO_TYPE:
         raise TaskRejected(f"the file is none of {', '.join(FORMATS)}", 200)
-    raise TaskRejected(f"the file says {says} but is {looks or 'something else'}", 200)
+    # What is none of the formats may be a page of whatever stands in the way.
+    raise TaskRejected(f"the file says {says} but is {looks or 'something else'}", 200, proven=bool(looks))

@@ -15,30 +15,34 @@ import contextlib
 import errno
 import fcntl
 import functools
+import grp
 import json
 import logging
 import math
 import os
+import pwd
 import re
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from dotenv import dotenv_values
+from dotenv.parser import Binding, parse_stream
 
 HERE = Path(__file__).resolve().parent
 TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+GUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 LOOK = 1.0  # seconds between two looks at whether database.json changed
 SAVING = 2.0  # seconds for which a file that makes no sense, or is missing, may be half saved by an editor
 PATIENCE = 10.0  # seconds to wait for another writer, or for an editor that saves
 SHARE = 20  # the poller spends at most a twentieth of its time on writing
 KEPT = 100_000  # deliveries that are kept in the list; it is shortened when it has twice as many
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 PUT_BACK = 'Put it back, or start with an empty one: {"orders": {}}'
 # No link is followed: root may call in another user's folder.
 OPEN = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
@@ -60,27 +64,81 @@ class Busy(DatabaseError):
     """Somebody is writing the file just now, or may be: try again."""
 
 
-def settings() -> dict[str, str]:
-    """The environment over `.env` beside this file; an empty variable counts as none."""
+def env_file() -> Path:
+    """Where settings are read from: GRAFX_ENV_FILE, else `.env` beside this file."""
+    return Path(os.environ.get("GRAFX_ENV_FILE") or HERE / ".env")
+
+
+def env_lines() -> list[Binding]:
+    """What stands in the settings file. Raises DatabaseError."""
+    place = env_file()
     try:
+        with place.open(encoding="utf-8-sig") as file:
+            return list(parse_stream(file))
+    except OSError as error:
+        # A folder `.env` is somebody's virtual environment.
+        if isinstance(error, (FileNotFoundError, IsADirectoryError)) and place == HERE / ".env":
+            return []
+        raise DatabaseError(f"cannot read {place}: {error.strerror}. {advice(error, place)}") from None
+    except UnicodeDecodeError as error:
+        raise DatabaseError(f"cannot read {place}: {error}. Save it as UTF-8.") from None
+
+
+def settings(names: Collection[str] = ("DATABASE",)) -> dict[str, str]:
+    """The environment over the settings file; an empty variable counts as none.
+
+    Raises DatabaseError where what sets one of `names` cannot be parsed, or has quotes around it.
+    """
+    given: list[tuple[str | None, str | None]] = []
+    for name, value, original, error in env_lines():
+        begin = rf"^\s*(?:export\s+)?['\"]?({'|'.join(names)})\b"
+        if (error or value is None) and (line := re.search(begin, original.string, re.MULTILINE)):
+            number = original.line + original.string.count("\n", 0, line.start(1))
+            how = f"Write {line[1]}=VALUE, with quotes around all of VALUE or without."
+            raise DatabaseError(f"{env_file()}, line {number}: {line[1]} cannot be parsed. {how}")
         # Not interpolated, as in the workshop's Node `dotenv`: a "$" in a secret is a "$".
-        file = dotenv_values(HERE / ".env", interpolate=False, encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatabaseError(f"cannot read {HERE / '.env'}: {error}. Fix it or its permissions.") from None
-    return {name: value for name, value in (*file.items(), *os.environ.items()) if value}
+        given.append((name, value))
+    given += os.environ.items()
+    found = {name: value.strip() for name, value in given if name and value and value.strip()}
+    for name in set(names) - {"ON_DONE", "ON_FAILED"}:  # a command may have both
+        if re.fullmatch(r"([\"']).*\1|.*[\x00-\x1f\x7f].*", found.get(name, ""), re.DOTALL):
+            how = "Remove them; docker's --env-file keeps quotes."
+            raise DatabaseError(f"{name} has quotes around it, or a control character in it. {how}")
+    return found
 
 
-def advice(error: OSError) -> str:
-    """What to do about a file that cannot be made, read or written."""
-    known = {errno.ENOENT: "Make the folder.", errno.ENOSPC: "Make room.", errno.EDQUOT: "Make room."}
+def advice(error: OSError, place: Path) -> str:
+    """What to do about a file that cannot be made, locked, read or written."""
+    known = {
+        errno.ENOENT: "Make the folder.",
+        errno.EROFS: "Mount its file system for writing.",
+        errno.EBUSY: "It is mounted as a single file: mount its folder.",
+        errno.EFBIG: "Raise the limit (ulimit -f).",
+        errno.ELOOP: "It is a symbolic link: put a file in its place.",
+    }
+    known |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room.")
     known |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "Make it a folder.")
     known |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit (ulimit -n).")
-    return known.get(error.errno or 0, "Fix the folder's permissions.")
+    known |= dict.fromkeys(UNSUPPORTED, "Its file system has no locks: use another one.")
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return known.get(error.errno or 0, "Look at its disk.")
+    for where in (place, place.parent):
+        with contextlib.suppress(OSError, KeyError):
+            stat = where.stat()
+            owner, group = pwd.getpwuid(stat.st_uid).pw_name, grp.getgrgid(stat.st_gid).gr_name
+            mine = f"{where} is {owner}:{group}'s with mode {stat.st_mode & 0o7777:o}"
+            return f"{mine}: run this with sudo, join that group, or fix owner and mode."
+    return "Fix the folder's permissions."
 
 
 def is_task_id(value: object) -> bool:
     """Whether `value` may name a task, and so a file in the orders folder."""
     return isinstance(value, str) and TASK_ID.fullmatch(value) is not None
+
+
+def key(task_id: str) -> str:
+    """What orders are told apart by: the case of a GUID does not matter."""
+    return task_id.lower() if GUID.fullmatch(task_id) else task_id
 
 
 def stamp(when: datetime | None = None) -> str:
@@ -95,8 +153,8 @@ def utc(text: str) -> datetime:
 
 
 @functools.lru_cache(maxsize=1000)  # so once for each problem
-def warn_once(problem: str) -> None:
-    log.warning("%s", problem)
+def warn_once(problem: str, level: int = logging.WARNING) -> None:
+    log.log(level, "%s", problem)
 
 
 # --- what the file says ----------------------------------------------------------------------
@@ -117,14 +175,19 @@ class Store:
             raise ValueError('"orders" must be an object, a list, or {"dataType": "Map", "value": [ … ]}')
         self.data, self.items, self.changed = data, items, False
         self.orders: dict[str, Fields] = {}
+        self.ids: dict[str, str] = {}  # `key` of an order to its id in `orders`, as it stands there first
+        self.others: list[str] = []  # the same orders once more, spelled in another way
         self.strange: list[str] = []  # entries that are no order, each in one line
         for item in items.items() if isinstance(items, dict) else items:
             task_id, fields = _entry(item)
             if task_id is None:
                 self.strange.append(_encode(item))
             else:
-                twice = self.orders.get(task_id)
-                self.orders[task_id] = fields | twice if twice else fields
+                first = self.ids.setdefault(key(task_id), task_id)
+                if first != task_id:
+                    self.others.append(task_id)
+                twice = self.orders.get(first)
+                self.orders[first] = fields | twice if twice else fields
 
     @property
     def failing(self) -> dict[str, Fields]:
@@ -142,7 +205,7 @@ class Store:
         bare = not fields and isinstance(items, list) and isinstance((items or [None])[-1], str)
         if new and not bare:
             fields = {**fields, "added": stamp()}
-        self.orders[task_id], self.changed = fields, True
+        self.orders[task_id], self.ids[key(task_id)], self.changed = fields, task_id, True
         if isinstance(items, dict):
             items[task_id] = fields
         elif bare:
@@ -153,26 +216,32 @@ class Store:
         else:
             items.append({"taskID": task_id, **fields})
 
-    def take(self, task_ids: Collection[str]) -> None:
+    def named(self, task_ids: Iterable[str]) -> set[str]:
+        """Those of these orders that are pending, as the file spells them."""
+        return {self.ids[name] for name in self.ids.keys() & map(key, task_ids)}
+
+    def take(self, task_ids: Iterable[str]) -> None:
         """Remove pending orders, with what stands under "failing" and "failed" about them."""
-        gone = self.orders.keys() & set(task_ids)
+        gone = self.named(task_ids)
         for task_id in gone:
-            del self.orders[task_id]
-            for key in ("failing", "failed"):
-                self.data.get(key, {}).pop(task_id, None)
-            if isinstance(self.items, dict):
-                del self.items[task_id]
-        if gone and isinstance(self.items, list):
-            self.items[:] = [item for item in self.items if _entry(item)[0] not in gone]
+            del self.orders[task_id], self.ids[key(task_id)]
+            for name in ("failing", "failed"):
+                self.data.get(name, {}).pop(task_id, None)
+        both = gone | {other for other in self.others if key(other) not in self.ids}
+        if isinstance(self.items, dict):
+            for task_id in both:
+                self.items.pop(task_id, None)
+        elif gone:
+            self.items[:] = [item for item in self.items if _entry(item)[0] not in both]
         self.changed = self.changed or bool(gone)
 
     def fail(self, failures: Mapping[str, tuple[int | None, str]]) -> None:
         """Move pending orders to "failed", with the HTTP status and what GraFx said."""
         records = {}
         for task_id, (status, error) in failures.items():
-            if task_id in self.orders:
-                fields = self.orders[task_id]
-                own = {key: fields[key] for key in RECORD if key in fields}
+            if key(task_id) in self.ids:
+                fields = self.orders[self.ids[key(task_id)]]
+                own = {name: fields[name] for name in RECORD if name in fields}
                 record = fields | {"status": status, "error": error, "failed": stamp()}
                 records[task_id] = record | ({"order": own} if own else {})
         self.take(records)
@@ -187,7 +256,7 @@ class Store:
         if isinstance(own, dict) and own and own.keys() <= set(RECORD):  # by `fail`
             del fields["order"]
             fields |= own
-        fields |= self.orders.get(task_id, {})
+        fields |= self.orders.get(self.ids.get(key(task_id), task_id), {})
         self.take([task_id])
         self.put(task_id, fields)
 
@@ -323,7 +392,8 @@ class File:
             self.problem = f"{self.path} is missing. {PUT_BACK}"
         except OSError as error:
             self.seen = ()
-            raise DatabaseError(f"cannot read {self.path}: {error.strerror}. Fix its permissions.") from None
+            how = advice(error, self.path)
+            raise DatabaseError(f"cannot read {self.path}: {error.strerror}. {how}") from None
         except (ValueError, RecursionError) as error:
             what = "it is nested too deeply" if isinstance(error, RecursionError) else error
             self.problem = f"{self.path}: {what}. It is left as it is: fix it."
@@ -382,7 +452,7 @@ def _replace(path: Path, content: bytes, seen: Version) -> Version:
             sync_folder(path.parent)
             return written
     except OSError as error:
-        raise DatabaseError(f"cannot write {path}: {error.strerror}. {advice(error)}") from None
+        raise DatabaseError(f"cannot write {path}: {error.strerror}. {advice(error, path.parent)}") from None
     finally:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
@@ -398,11 +468,11 @@ def _create(place: Path, old: os.stat_result | None = None) -> int:
     like, mode = old or folder, old.st_mode if old else os.fstat(fd).st_mode
     if not old and folder.st_mode & 0o020:
         mode |= 0o060
-    # As far as permitted: perhaps the owner but not the group; some file systems have neither.
+    # As far as possible: perhaps the owner but not the group; some file systems have neither.
     for owner, group in ((-1, like.st_gid), (like.st_uid, -1)):
-        with contextlib.suppress(PermissionError):
+        with contextlib.suppress(OSError):
             os.fchown(fd, owner, group)
-    with contextlib.suppress(PermissionError):
+    with contextlib.suppress(OSError):
         os.fchmod(fd, mode & 0o7777)
     return fd
 
@@ -425,9 +495,9 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        # Some file systems cannot do it, such as VirtualBox shared folders.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+        if error.errno not in UNSUPPORTED:  # as on VirtualBox shared folders
             raise
+        warn_once(f"{folder} cannot be synced: {error.strerror}", logging.DEBUG)
     finally:
         os.close(fd)
 
@@ -449,18 +519,20 @@ def read(path: Path) -> Store:
     return _patiently(File(path).read, PATIENCE)
 
 
-@contextlib.contextmanager
-def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
-    """Hold the lock `.<database>.<name>` beside the file: "lock" to write, "pid" to be its only poller.
+def hold(path: Path, name: str, patience: float) -> TextIO:
+    """Take the lock `.<database>.<name>` beside the file: "lock" to write, "pid" to be its only poller.
 
-    It is on a file of its own that is never replaced or removed, or two processes could each have a lock
-    on another file of that name. The kernel releases it when its process ends, however it ends.
-    patience: seconds to wait for it; then Busy.
+    It is on a file of its own that is never replaced; where somebody has removed that, another one is made.
+    The kernel releases it when its process ends, however it ends. patience: seconds to wait; then Busy.
     """
     place = beside(path, name)
     try:
-        file = os.fdopen(_open(place), "r+")
-        _patiently(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB), patience)
+        while True:
+            file = os.fdopen(_open(place), "r+")
+            _patiently(functools.partial(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB), patience)
+            if is_at(file, place):
+                return file
+            file.close()
     except BlockingIOError:
         with file:
             holder = f"process {file.readline().partition(' ')[0].strip() or 'unknown'}"
@@ -468,12 +540,22 @@ def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
             raise Busy(f"a poller for {path} is already running, as {holder}. One is enough.") from None
         raise Busy(f"{path} is being written by {holder}, which holds {place}. Try again.") from None
     except OSError as error:
-        raise DatabaseError(f"cannot lock {place}: {error.strerror}. {advice(error)}") from None
-    with file:
+        raise DatabaseError(f"cannot lock {place}: {error.strerror}. {advice(error, place)}") from None
+
+
+@contextlib.contextmanager
+def lock(path: Path, name: str, patience: float) -> Iterator[TextIO]:
+    """Hold a lock for a while. Raises as `hold`."""
+    with hold(path, name, patience) as file:
         try:
             yield file
         finally:  # explicitly: a child that was forked meanwhile shares the lock, and would keep it
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def is_at(file: TextIO, place: Path) -> bool:
+    """Whether an open file still is the one of this name. Raises OSError."""
+    return (version(file.fileno()) or ())[:2] == (version(place) or ())[:2]
 
 
 def note(lock: TextIO, text: str = "") -> None:
@@ -496,9 +578,11 @@ class Deliveries:
 
     def __init__(self, database: Path) -> None:
         self.database, self.path = database, beside(database, "delivered")
-        self.ids: set[str] = set()
+        self.ids: set[str] = set()  # the `key` of each order that is listed
+        self.again: set[str] = set()  # of each that is to be delivered again
         self.file: Version = None  # device and inode of what was read: another one is read anew
         self.end = 0  # up to which byte it was read
+        self.writable = False  # whether it takes a line, as far as is known
 
     def refresh(self) -> None:
         """Read what was appended since; where that is not possible, say so once and go on without."""
@@ -508,37 +592,37 @@ class Deliveries:
                 warn_once(f"{self.path} was taken away: what was delivered before counts as not delivered.")
             file, size = (now[:2], now[2]) if now else (None, 0)
             if file != self.file or size < self.end:
-                self.ids.clear()
+                self.ids, self.again = set(), set()
                 self.file, self.end = file, 0
             if size > self.end:
                 with self.path.open("rb") as lines:
                     lines.seek(self.end)
                     data = lines.read()
                 self.end += data.rfind(b"\n") + 1
-                for found in self.LINE.finditer(data):
-                    (self.ids.discard if found[3] == b"-" else self.ids.add)(found[2].decode())
+                for _, task_id, name in self.LINE.findall(data):
+                    ends, begins = (self.ids, self.again) if name == b"-" else (self.again, self.ids)
+                    ends.discard(order := key(task_id.decode()))
+                    begins.add(order)
         except OSError as error:
             warn_once(f"cannot read {self.path}: {error.strerror}. Fix that: nothing counts as delivered.")
 
     def all(self) -> dict[str, tuple[str, str]]:
-        """When (UTC) and as which file each order was delivered, the oldest first."""
+        """When (UTC) and as which file each order was delivered, by its `key`, the oldest first."""
         delivered: dict[str, tuple[str, str]] = {}
         with contextlib.suppress(OSError):
             for when, task_id, name in self.LINE.findall(self.path.read_bytes()):
-                delivered.pop(task_id.decode(), None)
+                delivered.pop(order := key(task_id.decode()), None)
                 if name != b"-":
-                    delivered[task_id.decode()] = (when.decode(), name.decode("utf-8", "replace"))
+                    delivered[order] = (when.decode(), name.decode("utf-8", "replace"))
         return delivered
 
-    def has(self, task_id: str) -> bool:
-        """Whether this order is listed; quick where it is not, however long the list is."""
-        return self.mentions(task_id) and task_id in self.all()
+    def prove(self, patience: float) -> None:
+        """See that the list takes a line, by really writing an empty one, which is removed again.
 
-    def mentions(self, task_id: str) -> bool:
-        """Whether a line is about this order, be it one that says to deliver it again."""
-        with contextlib.suppress(OSError):
-            return f" {task_id} ".encode() in self.path.read_bytes()
-        return False
+        patience: seconds to wait for the lock. Raises DatabaseError.
+        """
+        with lock(self.database, "lock", patience):  # other programs append under it
+            self.add({})
 
     def add(self, files: Mapping[str, str]) -> None:
         """List deliveries, task id to file name; when this returns they are on the disk.
@@ -551,14 +635,19 @@ class Deliveries:
                 size = os.fstat(file.fileno()).st_size
                 if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
                     lines.insert(0, "\n")  # the line that was cut off stays apart
-                rest = "".join(lines).encode("utf-8", "backslashreplace")
+                rest = "".join(lines or ["\n"]).encode("utf-8", "backslashreplace")
                 while rest:  # in one piece, but where the disk is just full
                     rest = rest[file.write(rest) :]
                 os.fsync(file.fileno())
+                if not files:
+                    file.truncate(size)
             if not size:
                 sync_folder(self.path.parent)
+            self.writable = True
         except OSError as error:
-            raise DatabaseError(f"cannot write {self.path}: {error.strerror}. {advice(error)}") from None
+            self.writable = False
+            what = f"cannot write {self.path}: {error.strerror}."
+            raise DatabaseError(f"{what} {advice(error, self.path)}") from None
         self.refresh()
 
     def shorten(self) -> None:
@@ -590,32 +679,30 @@ class _Unwritten:
     pause: float = 0.0  # until when nothing is written
     busy: float = math.inf  # since when somebody else has been writing
 
+    def ended(self) -> set[str]:
+        return self.delivered.keys() | self.listed | self.failed.keys()
+
     def __bool__(self) -> bool:
-        return bool(self.delivered or self.listed or self.failed or self.failing)
+        return bool(self.ended() or self.failing)
 
 
 class Database:
-    """`database.json` for the poller's loop: `start` once, then `sync` each turn, `flush` at the end.
+    """`database.json` for the poller's loop: `sync` each turn, `flush` at the end.
 
     `delivered`, `failed`, `rejected` and `pending` say what became of an order; the next `sync` writes it:
     a delivery into the list first. A problem is logged once, and once when it is over.
     """
 
-    def __init__(self, path: Path, once: bool = False) -> None:
-        self.file, self.deliveries, self.once = File(path), Deliveries(path), once
+    def __init__(self, path: Path, prove: bool) -> None:
+        self.file, self.deliveries = File(path), Deliveries(path)
         self.failing: dict[str, Fields] = {}  # the records of rejected orders, as they have to be in the file
+        self.loaded = False  # whether the file was read
         self.problem = ""  # what is wrong with the file or the list just now
         self._unwritten = _Unwritten()
         self._known: set[str] = set()  # the orders that the loop knows
         self._look = 0.0  # when to look at the file again, in monotonic seconds
-
-    def start(self) -> Store:
-        """Read the file and the list; `orders` of what it returns are the pending ones."""
+        self.deliveries.writable = not prove
         self.deliveries.shorten()
-        store = _patiently(self.file.read, PATIENCE)
-        self.failing = store.failing
-        self._compare(store)
-        return store
 
     def delivered(self, task_id: str, file: str) -> None:
         """Its file is whole on the disk, and ON_DONE has run."""
@@ -636,6 +723,11 @@ class Database:
         if self.failing.pop(task_id, None) is not None:
             self._unwritten.failing = True
 
+    @property
+    def settled(self) -> bool:
+        """Whether the file has every failure."""
+        return not self._unwritten.failed
+
     def sync(self, idle: bool) -> tuple[dict[str, Fields], set[str]]:
         """Write what is to be written, and look at what others changed: the new orders, and those gone.
 
@@ -645,6 +737,8 @@ class Database:
         if look := now >= self._look:
             self._look = now + LOOK
         try:
+            if look and not unwritten.delivered and not self.deliveries.writable:
+                self.deliveries.prove(0.2 if self.loaded else PATIENCE)
             if look or not self.problem:
                 self._list()
             if unwritten and now >= unwritten.pause and (look or (idle and not self.problem)):
@@ -655,7 +749,7 @@ class Database:
                 problem = str(error)
         except DatabaseError as error:
             problem = str(error)
-        if look and not store and not self.once and self.file.changed():
+        if look and not store and self.file.changed():
             try:
                 store = self.file.read()
             except Busy:
@@ -668,15 +762,15 @@ class Database:
             self._report(problem)
         return self._compare(store) if store else ({}, set())
 
-    def flush(self) -> bool:
-        """One last try to write everything; False where something is not written."""
+    def flush(self, patience: float) -> int:
+        """Try for so many seconds to write everything; returns how many results are not written."""
         if self._unwritten:
             try:
                 self._list()
-                _patiently(self._save, PATIENCE if self.once else 1.0)
+                _patiently(self._save, patience)
             except DatabaseError as error:
                 self._report(str(error))
-        return not self._unwritten
+        return len(self._unwritten.ended()) + self._unwritten.failing
 
     def _report(self, problem: str) -> None:
         if problem and problem != self.problem:
@@ -687,10 +781,10 @@ class Database:
 
     def _list(self) -> None:
         """List deliveries, all with one fsync; from then on they are safe."""
-        if self._unwritten.delivered:
-            self.deliveries.add(self._unwritten.delivered)
-            self._unwritten.listed |= self._unwritten.delivered.keys()
-            self._unwritten.delivered.clear()
+        if delivered := self._unwritten.delivered:
+            self.deliveries.add(delivered)
+            self._unwritten.listed |= delivered.keys()
+            delivered.clear()
 
     def _save(self) -> Store:
         """Let the file say what became of the orders."""
@@ -705,12 +799,12 @@ class Database:
     def _edit(self, store: Store) -> None:
         store.take(self._listed_in(store))
         store.fail(self._unwritten.failed)
-        store.set_failing({key: record for key, record in self.failing.items() if key in store.orders})
+        store.set_failing({name: record for name, record in self.failing.items() if name in store.orders})
 
     def _listed_in(self, store: Store) -> set[str]:
         """The orders of the file that are delivered; says which of them somebody added again."""
         self.deliveries.refresh()  # after the file: `retry` writes to the list before it writes to the file
-        listed = store.orders.keys() & self.deliveries.ids
+        listed = {store.ids[name] for name in store.ids.keys() & self.deliveries.ids}
         again, self._unwritten.listed = listed - self._unwritten.listed, listed
         if again:
             what = f"{len(again)} orders were" if len(again) > 1 else f"{again.pop()} was"
@@ -719,13 +813,17 @@ class Database:
 
     def _compare(self, store: Store) -> tuple[dict[str, Fields], set[str]]:
         """The orders that are new to the loop, and those that are gone; `store` loses the ended ones."""
-        ended = self._listed_in(store) | self._unwritten.delivered.keys() | self._unwritten.failed.keys()
-        for task_id in ended & store.orders.keys():
+        for task_id in self._listed_in(store) | store.named(self._unwritten.ended()):
             del store.orders[task_id]
         new = {task_id: fields for task_id, fields in store.orders.items() if task_id not in self._known}
         gone, self._known = self._known - store.orders.keys(), set(store.orders)
-        self.failing = {key: record for key, record in self.failing.items() if key in store.orders}
+        first, self.loaded = not self.loaded, True
+        records = store.failing if first else self.failing
+        self.failing = {task_id: record for task_id, record in records.items() if task_id in store.orders}
         self._unwritten.failing = self.failing != store.failing  # others may have changed it
+        if first:
+            counts = f"{len(new) - len(self.failing)} pending, {len(self.failing)} rejected"
+            log.info("%s, %d failed, %d delivered", counts, len(store.failed), len(self.deliveries.ids))
         for entry in store.strange:
             warn_once(f"no task id, left alone in the database: {entry}")
         return new, gone
@@ -734,15 +832,36 @@ class Database:
 # --- what other programs call ----------------------------------------------------------------
 
 
+def beside_code(path: str | Path) -> Path:
+    """A path of the settings, which is beside this file; a symbolic link stays one. Raises ValueError."""
+    if str(path).startswith("~"):  # a service's home is another one's, or nobody's
+        raise ValueError(f"is {path}: write the whole path, without ~")
+    return Path(os.path.realpath(HERE / path))
+
+
 def _real(path: Path | None) -> Path:
-    """`path`, else DATABASE of the settings, beside this file wherever one calls from."""
-    path = path or HERE / settings().get("DATABASE", "database.json")
-    return Path(os.path.realpath(path))  # a symbolic link stays one
+    """`path`, else DATABASE of the settings, wherever one calls from."""
+    if path:
+        return Path(os.path.realpath(path))
+    try:
+        return beside_code(settings().get("DATABASE", "database.json"))
+    except ValueError as error:
+        raise DatabaseError(f"DATABASE {error}") from None
 
 
-def _change(path: Path, edit: Callable[[Store], None]) -> None:
+def rewrite(path: Path) -> Store:
+    """Write the file as it is, where there is one, to see that it can be written. Raises DatabaseError."""
+    store = read(path)
+    with lock(path, "lock", PATIENCE):
+        if seen := version(path):
+            _replace(path, path.read_bytes(), seen)
+    return store
+
+
+def edit(path: Path, how: Callable[[Store], None]) -> Store:
+    """`change` for other programs, which wait where somebody saves the file or has the lock."""
     file = File(path)
-    _patiently(lambda: change(file, edit, PATIENCE), PATIENCE)
+    return _patiently(lambda: change(file, how, PATIENCE), PATIENCE)
 
 
 def get_orders(path: Path | None = None) -> dict[str, Fields]:
@@ -759,21 +878,22 @@ def add_order(task_id: str, project_id: str | None = None, path: Path | None = N
         raise ValueError(f"{task_id!r} is not a task id: letters, digits, '.', '_' and '-', at most 128")
     if not isinstance(project_id, (str, type(None))):
         raise ValueError(f"the project id {project_id!r} is not a string")
-    path, new = _real(path), False
+    path, new, deliveries = _real(path), False, Deliveries(_real(path))
 
-    def edit(store: Store) -> None:
+    def add(store: Store) -> None:
         nonlocal new
-        new = task_id not in store.orders and not Deliveries(path).has(task_id)
+        deliveries.refresh()
+        new = key(task_id) not in store.ids.keys() | deliveries.ids
         if new:
             store.put(task_id, {"projectID": project_id} if project_id else {}, new=True)
 
-    _change(path, edit)
+    edit(path, add)
     return new
 
 
 def remove_order(task_id: str, path: Path | None = None) -> None:
     """Remove an order, where it is pending."""
-    _change(_real(path), lambda store: store.take([task_id]))
+    edit(_real(path), lambda store: store.take([task_id]))
 
 
 def retry_orders(
@@ -785,25 +905,26 @@ def retry_orders(
     """
     path, moved, first = _real(path), list[str](), stamp(since) if since else ""
 
-    def edit(store: Store) -> None:
+    def again(store: Store) -> None:
         failed, deliveries = store.failed, Deliveries(path)
+        wanted = None if task_id is None else key(task_id)
         deliveries.refresh()
-        named = [key for key in failed if is_task_id(key) and task_id in (None, key)]
-        moved[:] = [key for key in named if str(failed[key].get("failed", "")) >= first]
-        # "-" and not pending: an earlier try was interrupted.
-        lost = task_id and task_id not in store.orders and deliveries.mentions(task_id)
-        if not named and task_id and (lost or task_id in deliveries.ids):
-            moved.append(task_id)
-        if again := {key: "-" for key in moved if key in deliveries.ids}:
-            deliveries.add(again)  # before it is pending, or the poller would remove it
-        for key in moved:
-            if key in failed:
-                store.retry(key)
-            elif key not in store.orders:
-                store.put(key, {}, new=True)
+        named = [name for name in failed if is_task_id(name) and wanted in (None, key(name))]
+        moved[:] = [name for name in named if str(failed[name].get("failed", "")) >= first]
+        if task_id and not named:
+            # To be delivered again, and not pending: an earlier try was interrupted.
+            lost = wanted in deliveries.again and wanted not in store.ids
+            moved.extend([task_id] * (lost or wanted in deliveries.ids))
+        if listed := {name: "-" for name in moved if key(name) in deliveries.ids}:
+            deliveries.add(listed)  # before it is pending, or the poller would remove it
+        for name in moved:
+            if name in failed:
+                store.retry(name)
+            elif key(name) not in store.ids:
+                store.put(name, {}, new=True)
             store.changed = True  # also where it is pending already: so the running poller notices
 
-    _change(path, edit)
+    edit(path, again)
     return moved
 
 
@@ -822,11 +943,11 @@ def _show(name: str, orders: dict[str, Fields], *keys: str) -> None:
 
 def _list(path: Path) -> None:
     store, delivered = read(path), Deliveries(path).all()
-    pending = {key: fields for key, fields in store.orders.items() if key not in delivered}
-    failing = {key: pending.pop(key) | record for key, record in store.failing.items() if key in pending}
+    pending = {name: fields for name, fields in store.orders.items() if key(name) not in delivered}
+    failing = {name: pending.pop(name) | said for name, said in store.failing.items() if name in pending}
     print(path)
     _show("pending", pending, "projectID", "added")
-    _show("failing", failing, "projectID", "since", "status", "error")
+    _show("rejected, and retried", failing, "projectID", "since", "status", "error")
     _show("failed", store.failed, "projectID", "failed", "status", "error")
     with contextlib.suppress(OSError):
         if said := beside(path, "pid").read_text().partition(" ")[2].strip():
@@ -851,7 +972,7 @@ def _run(given: argparse.Namespace) -> None:
         print(f"{len(moved)} order{'s' * (len(moved) != 1)} will be polled again")
     elif add_order(given.task_id, given.project, path):
         print(f"{task_id} is pending now, in {path}")
-    elif delivered := Deliveries(path).all().get(given.task_id):
+    elif delivered := Deliveries(path).all().get(key(given.task_id)):
         again = f"To deliver it again: python db.py retry {task_id}"
         raise ValueError(f"{task_id} was delivered at {delivered[0]}, as {delivered[1]}. {again}")
     else:
@@ -874,15 +995,17 @@ def main() -> int:
     open_streams()
     parser = argparse.ArgumentParser(prog="db.py", description="See and change the orders in database.json.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="show which orders are pending, rejected, failed, or were delivered")
-    add = commands.add_parser("add", help="let the poller fetch a task's file")
+    commands.add_parser("list", help="show the pending, rejected and failed orders, and the last delivery")
+    add = commands.add_parser("add", help="add an order, whose file the poller downloads")
     add.add_argument("task_id", metavar="TASK_ID", help="data.taskId of GraFx's answer")
-    add.add_argument("--project", metavar="ID", help="kept with the order as projectID")
+    add.add_argument("--project", metavar="ID", help="the order's project")
     retry = commands.add_parser("retry", help="poll failed orders again, or deliver one again")
     what = retry.add_mutually_exclusive_group(required=True)
-    what.add_argument("task_id", metavar="TASK_ID", nargs="?", help="one that failed or was delivered")
-    what.add_argument("--all", action="store_true", help="all that failed")
-    what.add_argument("--since", metavar="UTC", type=utc, help="failed since then, say 2026-01-31T12:00:00Z")
+    what.add_argument("task_id", metavar="TASK_ID", nargs="?", help="an order that failed or was delivered")
+    what.add_argument("--all", action="store_true", help="all failed orders")
+    what.add_argument(
+        "--since", metavar="UTC", type=utc, help="those that failed since then, as in 2026-01-31T12:00:00Z"
+    )
     given = parser.parse_args()
     for name in (signal.SIGPIPE, signal.SIGINT):  # `db.py list | head` and Ctrl-C are no errors
         signal.signal(name, signal.SIG_DFL)

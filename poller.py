@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import fcntl
 import heapq
@@ -19,6 +20,7 @@ import logging.handlers
 import os
 import queue
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -29,7 +31,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -43,11 +45,17 @@ import db
 VERSION = "2026-11-26"
 EX_SOFTWARE, EX_CONFIG = 70, 78  # of sysexits.h
 SHORTEST_PAUSE = 2.0  # seconds between two polls of one order; CHILI's own client takes 2
-REJECTIONS = 3  # at least, before an order fails; see GIVE_UP_AFTER
+LONGEST_PAUSE = 900.0  # of a rejection that says nothing about its order
+# Rejections before an order fails: such as are about it, and such as may have another reason.
+PROVEN, UNPROVEN = 3, 20
 MINUTE = 60.0  # seconds in which no retry warning of one kind is logged twice
 ALARM = 600.0  # seconds of an outage before it is an error
+WITNESSED = 600.0  # seconds for which the daemon itself has to see a rejection, however old that is
+STALLED = 120.0  # seconds in which a poll or download moves nothing, before that is said
+FORGOTTEN = 7 * 86400.0  # seconds after which GraFx forgets a task
 OUTPUT = 10_000_000  # bytes of what a command prints that are kept
 NEVER = float("inf")
+MORE_THREADS = "Raise the limit (ulimit -u, systemd's TasksMax=)."
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 WAITING = "waiting for ON_DONE"  # the state of an order whose file is here
 STATES = ("delivered", "new", "rendering", "downloading", WAITING, "rejected", "failed", "retrying")
@@ -80,7 +88,7 @@ def address(url: str) -> str:
             raise ValueError
     except ValueError:
         raise ValueError("is not a web address: write it as https://HOST") from None
-    if host == "environment.chili-publish.online":
+    if host.startswith("environment.chili-publish"):
         raise ValueError("is still the example's: replace ENVIRONMENT with the name of your environment")
     if scheme == "http" and not re.fullmatch(r"localhost|127\.[0-9.]+|::1", host):
         raise ValueError("must begin with https://, or the token is sent unencrypted")
@@ -95,10 +103,6 @@ def number(least: float, most: float, kind: Callable[[str], Any] = float) -> Cal
         raise ValueError(f"is {text!r}: write a {'whole ' * (kind is int)}number from {least:g} to {most:g}")
 
     return read
-
-
-def beside(text: str) -> Path:
-    return Path(os.path.realpath(db.HERE / text))  # a symbolic link stays one
 
 
 def command(text: str) -> list[str]:
@@ -123,11 +127,13 @@ READERS: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     ("POLL_INTERVAL", number(0.1, 3600), "60"),  # GraFx keeps a file for 4 hours
     ("GIVE_UP_AFTER", number(0, 604800), "3600"),  # GraFx forgets a task after 7 days
     ("CONCURRENCY", number(1, 64, int), "8"),
-    ("DATABASE", beside, "database.json"),
-    ("ORDERS_DIR", beside, "orders"),
+    ("DATABASE", db.beside_code, "database.json"),
+    ("ORDERS_DIR", db.beside_code, "orders"),
     ("ON_DONE", command, ""),
     ("ON_DONE_TIMEOUT", number(1, 86400), "300"),
+    ("ON_FAILED", command, ""),
 )
+NAMES = (*(name for name, _, _ in READERS), "SERVER_SECRET_FILE")
 REQUIRED = ("SERVER_ID", "SERVER_SECRET", "BASEURL", "ENVIRONMENT")
 
 
@@ -136,31 +142,57 @@ def load_settings() -> Settings:
     wrong: list[str] = []
     found: dict[str, Any] = {}
     try:
-        given = db.settings()
+        given = db.settings(NAMES)
         if secret_file := given.get("SERVER_SECRET_FILE"):
             if "SERVER_SECRET" in given:
                 raise ValueError("SERVER_SECRET is set as well: remove one of them")
-            given["SERVER_SECRET"] = beside(secret_file).read_text("utf-8-sig").strip()
+            given["SERVER_SECRET"] = db.beside_code(secret_file).read_text("utf-8-sig").strip()
             if not given["SERVER_SECRET"]:
                 raise ValueError("it is empty: write the secret into it")
     except db.DatabaseError as error:
         raise SettingsError(str(error)) from None
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, too
         raise SettingsError(f"SERVER_SECRET_FILE: {error}") from None
-    if not set(REQUIRED) & given.keys() and not (db.HERE / ".env").exists():
+    if not set(REQUIRED) & given.keys() and not db.env_file().exists():
         raise SettingsError(
             f"no settings yet: in {db.HERE}, cp .env.example .env, and fill in its four lines"
         )
     for name, read, default in READERS:
         try:
             if name in REQUIRED and not given.get(name):
-                raise ValueError(f"is missing: put {default} into {db.HERE / '.env'} or the environment")
+                raise ValueError(f"is missing: put {default} into {db.env_file()} or the environment")
             found[name.lower()] = read(given.get(name, default))
         except ValueError as error:
             wrong.append(f"{name} {error}")
     if wrong:
         raise SettingsError("\n".join(wrong))
+    warn_about_env(given)
     return Settings(**found)
+
+
+def warn_about_env(given: dict[str, str]) -> None:
+    """Say what in `.env` has no effect, and may be meant to have one."""
+    for name, _, original, error in db.env_lines():
+        place = f"{db.env_file()}, line {original.line + original.string[:-1].count(chr(10))}"
+        meant = difflib.get_close_matches((name or "").upper(), set(NAMES) - given.keys(), 1, 0.85)
+        if error:
+            log.warning("%s: cannot be parsed, and has no effect", place)
+        elif meant and name not in NAMES:
+            log.warning("%s: %s is no setting, and has no effect: is it %s?", place, name, meant[0])
+
+
+def sources() -> str:
+    """Where the settings are from; both values where the environment goes before another one of `.env`."""
+    file = {name: value for name, value, _, _ in db.env_lines() if value}
+    both = {}
+    for name in NAMES:
+        if name in file and os.environ.get(name, file[name]) != file[name]:
+            secret = "SECRET" in name or name == "SERVER_ID"
+            both[name] = " (.env has another one)" if secret else f" ({os.environ[name]}, not {file[name]})"
+    outer = [name + both.get(name, "") for name in NAMES if os.environ.get(name)]
+    inner = [name for name in NAMES if name in file and not os.environ.get(name)]
+    parts = (("the environment: ", outer), (".env: ", inner))
+    return "; ".join(f"from {place}{', '.join(names)}" for place, names in parts if names)
 
 
 class CannotWrite(chili.TryAgainLater):
@@ -168,10 +200,12 @@ class CannotWrite(chili.TryAgainLater):
 
 
 def disk_error(folder: Path, error: OSError) -> chili.TryAgainLater:
-    text = f"cannot write to {folder}: {error.strerror}. "
-    if error.errno == errno.EFBIG:  # others may be smaller
-        return chili.TryAgainLater(f"{text}Raise the limit (ulimit -f).")
-    return CannotWrite(text + db.advice(error), shared=True)
+    """It is one order's where another file can be written."""
+    text = f"cannot write to {folder}: {error.strerror}. {db.advice(error, folder)}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder):
+            return chili.TryAgainLater(text)
+    return CannotWrite(text, shared=True)
 
 
 def prepare_folder(orders_dir: Path) -> Path:
@@ -184,6 +218,46 @@ def prepare_folder(orders_dir: Path) -> Path:
         return orders_dir
     except OSError as error:
         raise disk_error(orders_dir, error) from None
+
+
+class Claim:
+    """What makes this the only poller of its database, and of its folder."""
+
+    def __init__(self, database: Path, folder: Path) -> None:
+        self.database, self.folder = database, folder
+        self.locks: dict[Path, TextIO] = {}
+        self.complete = False
+        self.look = 0.0  # when to look at the locks again, in monotonic seconds
+
+    def take(self) -> None:
+        """Raises Busy where another poller has it; DatabaseError, CannotWrite where a disk is not there."""
+        self.lock(self.database)
+        prepare_folder(self.folder)
+        self.lock_folder()
+        chili.remove_leftovers(self.folder)  # which nobody else is writing now
+        self.complete = True
+
+    def lock(self, path: Path) -> None:
+        """Have the lock for this path, another one where somebody removed its file. Raises DatabaseError."""
+        if path not in self.locks or not db.is_at(self.locks[path], db.beside(path, "pid")):
+            self.locks[path] = db.hold(path, "pid", 0)
+            db.note(self.locks[path])
+
+    def lock_folder(self) -> None:
+        """Or another database's poller would remove what is being downloaded here. Raises Busy."""
+        try:
+            self.lock(self.folder / "poller")
+        except db.Busy:
+            wrong = f"another poller writes to {self.folder}. Give each an ORDERS_DIR of its own."
+            raise db.Busy(wrong) from None
+        except db.DatabaseError as error:
+            db.warn_once(f"{error} Two pollers with this folder would not be noticed.")
+
+    def renew(self) -> None:
+        """Look whether the locks are still there. Raises Busy where another poller has taken one."""
+        self.look = time.monotonic() + db.LOOK
+        for path in self.locks:
+            self.lock(path)
 
 
 # --- the log and the live line ---------------------------------------------------------------
@@ -259,12 +333,17 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
             width = os.get_terminal_size(2).columns or 80
             if line[: width - 1] == self.drawn:
                 return
-            # A terminal that was made narrower has wrapped the line: all of its rows have to go.
-            up = max(0, len(self.drawn) - 1) // width
             self.drawn = line[: width - 1]
-            # ?7l, ?7h: no wrapping, however wide the letters of some languages are.
-            self.stream.write("\r" + f"\x1b[{up}A" * bool(up) + f"\x1b[J\x1b[?7l{self.drawn}\x1b[?7h")
+            # ?7l, ?7h: no wrapping, however wide the letters of some languages are. The cursor goes back, so
+            # that all of the line goes, also after ^C, or where a narrower terminal has wrapped it.
+            self.stream.write(f"\r\x1b[J\x1b[?7l{self.drawn}\x1b[?7h\r")
             self.stream.flush()
+
+    def gone(self) -> bool:
+        """Whether nobody can read the log any more: journald was stopped, or the end of a pipe closed."""
+        descriptor = select.poll()
+        descriptor.register(2, 0)
+        return any(event & (select.POLLHUP | select.POLLERR) for _, event in descriptor.poll(0))
 
     def finish(self) -> None:
         """Write what is in the queue, but wait no longer than half a second for a reader."""
@@ -285,7 +364,7 @@ def notify(state: str) -> None:
 def duration(seconds: float) -> str:
     """Seconds as "4.7 s", "12 min" or "3.5 h"."""
     if seconds < 100:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}".removesuffix(".0") + " s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
@@ -298,39 +377,50 @@ def plural(number: int, what: str) -> str:
 
 @dataclass(eq=False, slots=True)
 class Order:
-    """A pending order. Times are monotonic seconds."""
+    """A pending order. Times are monotonic seconds, but for `added`."""
 
     task_id: str
     project: str
-    added: float  # by its `added`, else when it was first seen
+    added: float  # seconds since 1970; infinity where the file does not say
+    seen: float  # when this process first saw it
     state: str = "new"  # rendering, rejected, retrying, waiting for ON_DONE
-    since: float = 0.0  # when it came into this state
-    times: int = 0  # polls that ended in this state, without another in between
+    times: int = 0  # polls in a row that ended in this state
     problem: str = ""
     due: float = 0.0  # when to poll it; infinity while it is polled
     polled: float = 0.0  # when it was polled last
+    handled: float = 0.0  # when the result of the last poll was handled
+    rejected: float = 0.0  # since when GraFx has rejected it; 0: it does not
+    witnessed: float = 0.0  # since when this process has seen that
+    rejections: int = 0  # how many of those count, see Poller.rejected
+    suspect: bool = False  # it was said that GraFx rejects all orders, this one too
+    moved: float = 0.0  # when its poll or download moved last; infinity while ON_DONE runs
+    alarms: int = 0  # how often it was said that it does not move
     size: int = 0  # bytes of its file that have come
     download: str = ""  # how far that is, as long as it goes on
 
+    @property
+    def age(self) -> float:
+        """Seconds since it was added, whatever the clock did meanwhile."""
+        return max(time.monotonic() - self.seen, time.time() - self.added)
+
     def enter(self, state: str, problem: str = "") -> None:
-        """The one change of state; pauses, rejections and GIVE_UP_AFTER follow from what it counts."""
-        if state != self.state:
-            self.state, self.since, self.times = state, time.monotonic(), 0
-        self.times, self.problem = self.times + 1, problem
+        """The one change of state; the pauses follow from what it counts."""
+        self.times = self.times + 1 if state == self.state else 1
+        self.state, self.problem = state, problem
 
     def progress(self, size: int, total: int | None) -> None:
         """The download calls this for each piece."""
-        speed = size / max(0.001, time.monotonic() - self.polled)
+        self.moved = time.monotonic()
+        speed = size / max(0.001, self.moved - self.polled)
         share = f"{100 * size // total}% of {chili.format_size(total)}" if total else chili.format_size(size)
         self.size, self.download = size, f"{share}, {chili.format_size(speed)}/s"
 
 
-def monotonic(when: Any) -> float:
-    """A time in the file in monotonic seconds; now for what is no time, or lies ahead."""
-    now = time.monotonic()  # a clock that is set back does not stop the polls
+def epoch(when: Any) -> float:
+    """A time in the file in seconds since 1970; infinity for what is no time."""
     with contextlib.suppress(ValueError, OverflowError):
-        return min(now, now - time.time() + db.utc(str(when)).timestamp())
-    return now
+        return db.utc(str(when)).timestamp()
+    return NEVER
 
 
 def backoff(times: int, longest: float) -> float:
@@ -343,13 +433,13 @@ class Outage:
 
     def __init__(self, longest: float) -> None:
         self.longest = longest  # seconds between two tries
-        self.error: chili.TryAgainLater | None = None
+        self.error: Exception | None = None
         self.since = self.until = 0.0  # when it began; the next try
         self.said: set[str] = set()  # what was logged of it
         self.quiet = self.ended = 0.0  # until when the next one is not logged; when the last one was over
         self.limited = 0.0  # until when GraFx wants no request
 
-    def begin(self, error: chili.TryAgainLater) -> None:
+    def begin(self, error: Exception) -> None:
         """It was met, perhaps once more."""
         now = time.monotonic()
         if self.error is None:
@@ -358,7 +448,8 @@ class Outage:
         if now >= self.until:  # 2 s, 4 s, 8 s, …, as long as it has lasted
             self.until = now + min(self.longest, SHORTEST_PAUSE + now - self.since)
         if str(error) not in self.said and now >= self.quiet:
-            log.warning("paused: %s; retrying in %s", error, duration(self.until - now))
+            level = logging.ERROR if isinstance(error, chili.CredentialsRejected) else logging.WARNING
+            log.log(level, "paused: %s; retrying in %s", error, duration(self.until - now))
             self.said.add(str(error))
         if "" not in self.said and now >= self.since + ALARM:
             log.error("paused for %s: %s", duration(now - self.since), error)
@@ -376,6 +467,61 @@ class Outage:
         return max(0.0, max(self.until, self.limited) - time.monotonic())
 
 
+class Evidence:
+    """What tells a dead order from a GraFx that rejects all of them. Times are monotonic seconds.
+
+    A 404 may be a maintenance page, or come from a wrong ENVIRONMENT. So it counts against its order only
+    where another order's file came meanwhile. Where no poll has a good answer, that is said.
+    """
+
+    def __init__(self) -> None:
+        self.last_file = 0.0  # when a file came whole
+        self.answered = False  # whether any poll had a good answer
+        self.since, self.report_at = NEVER, NEVER  # since when none had; when to say so
+        self.error: chili.TaskRejected | None = None  # the last unproven rejection
+        self.problem, self.alarmed = "", False  # what was said, and whether as an error
+        self.unjudged: list[tuple[Order, chili.TaskRejected]] = []  # with `once`, until all were polled
+
+    def good(self) -> bool:
+        """A poll had a good answer; returns whether that ends what was said."""
+        if over := bool(self.problem):
+            log.info("resumed after %s", duration(time.monotonic() - self.since))
+        self.answered, self.problem, self.alarmed = True, "", False
+        self.since, self.report_at = NEVER, NEVER
+        return over
+
+    def rejected(self, order: Order, error: chili.TaskRejected) -> None:
+        """An order has a rejection that may be meant for all."""
+        self.error = error
+        if self.problem:
+            order.suspect = True
+        elif self.since == NEVER and not order.suspect:  # what was said of an order is not said again
+            self.since, self.report_at = order.polled, time.monotonic() + MINUTE
+
+    def report(self, orders: Iterable[Order]) -> None:
+        """Where no poll has a good answer: say so after a minute, and once more as an error."""
+        now = time.monotonic()
+        if now >= self.report_at:
+            self.report_at = now + MINUTE
+            self.say([order for order in orders if order.rejected and order.polled >= self.since])
+
+    def say(self, rejected: list[Order]) -> None:
+        if not rejected or self.error is None:  # they have ended, or were removed
+            self.good()
+            return
+        for order in rejected:
+            order.suspect = True
+        status, number = self.error.status, len(rejected)
+        whom = {1: "the only order", 2: "both orders"}.get(number, f"all {number} orders")
+        what = f"{status} without a file to {whom} ({self.error})" if status == 200 else f"{status} to {whom}"
+        said, advice = self.problem, "look at ENVIRONMENT and at the integration's permissions"
+        self.problem = f"GraFx answers {what}: {advice}"
+        alarm = not self.alarmed and time.monotonic() >= self.since + ALARM
+        if alarm or not said:
+            log.log(logging.ERROR if alarm else logging.WARNING, "%s", self.problem)
+        self.alarmed = self.alarmed or alarm
+
+
 # --- ON_DONE ---------------------------------------------------------------------------------
 
 
@@ -384,68 +530,96 @@ class HookFailed(chili.TryAgainLater):
 
 
 class Hook:
-    """ON_DONE: a command for each file that was downloaded."""
+    """ON_DONE, a command for each file that was downloaded; or ON_FAILED, for each order that failed."""
 
-    def __init__(self, words: list[str], timeout: float) -> None:
-        self.words, self.timeout = words, timeout
+    def __init__(self, name: str, words: list[str], timeout: float) -> None:
+        self.name, self.words, self.timeout = name, words, timeout
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
+        self.failures: list[tuple[Order, chili.TaskRejected]] = []  # for ON_FAILED, once the file has them
+        self.jobs: list[Future[None]] = []  # of ON_FAILED
 
-    def run(self, order: Order, file: Path) -> None:
-        """Run the command for an order's file. Raises HookFailed unless it ends by itself, with 0."""
+    def run(self, order: Order, file: Path | None, **more: str) -> None:
+        """Run the command for an order. Raises HookFailed unless it ends by itself, with 0."""
         if self.stopping:
             raise HookFailed("the poller is stopping")
-        if not file.is_file():
+        if file and not file.is_file():
+            if order.size:  # it came just now, so somebody takes each: a person has to decide
+                gone = "its file was taken out of orders before ON_DONE could run"
+                raise chili.TaskRejected(gone, 200, final=True)
             raise HookFailed("its file was removed before ON_DONE could run")
         with tempfile.TemporaryFile() as output:  # not a pipe, which what it leaves running would hold open
             fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)  # so that it can be truncated
-            process = self.start(order, file, output)
-            why = self.wait(process, output)
+            process = self.start(order, file, output, more)
+            try:
+                why = self.wait(process, output)
+            finally:  # whatever happened, it may have run
+                self.end(process)
             output.seek(max(0, output.seek(0, os.SEEK_END) - 10_000))
             text = output.read().decode(errors="replace")
         lines = list(filter(None, map(chili.sanitize, text.splitlines())))[-10:]
         code = process.returncode
         fine = code == 0 and not why
         for line in lines if fine else lines[:-1]:  # the last one is in the error
-            (log if fine else retry_log).info("%s ON_DONE: %s", order.task_id, line)
+            (log if fine else retry_log).info("%s %s: %s", order.task_id, self.name, line)
         if fine:
             return
         how = f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with {code}"
-        raise HookFailed(": ".join((f"ON_DONE {why or how}", *lines[-1:])))
+        raise HookFailed(": ".join((f"{self.name} {why or how}", *lines[-1:])))
 
-    def start(self, order: Order, file: Path, output: Any) -> subprocess.Popen[bytes]:
-        words = [word.replace("{}", str(file)) for word in self.words]
-        if words == self.words:
+    def start(
+        self, order: Order, file: Path | None, output: Any, more: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
+        words = [word.replace("{}", str(file)) for word in self.words] if file else self.words
+        if file and words == self.words:
             words.append(str(file))
-        env = {name: value for name, value in os.environ.items() if name not in HIDDEN}
-        env |= {"TASK_ID": order.task_id, "PROJECT_ID": order.project, "ORDER_FILE": str(file)}
+        # In bytes, whatever the locale can encode.
+        env = {name: value for name, value in os.environb.items() if name.decode("latin-1") not in HIDDEN}
+        more = {"TASK_ID": order.task_id, "PROJECT_ID": order.project, **more}
+        env |= {name.encode(): value.encode(errors="replace") for name, value in more.items()}
+        if file:
+            env[b"ORDER_FILE"] = os.fsencode(file)
         try:
             process = subprocess.Popen(  # noqa: S603 - no shell, and the words are the user's own
                 words, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
         except (OSError, ValueError) as error:
-            raise HookFailed(f"ON_DONE cannot be run: {error}") from None
+            raise HookFailed(f"{self.name} cannot be run: {error}") from None
         self.running.add(process)
         return process
 
     def wait(self, process: subprocess.Popen[bytes], output: Any) -> str:
         """Until it has ended; by force at its timeout, or when the poller stops. Returns why by force."""
         deadline, why = time.monotonic() + self.timeout, ""
-        while process.poll() is None:
+        # Not reaped yet: so long its number is its session's, and no other process's.
+        while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if os.fstat(output.fileno()).st_size > OUTPUT:  # not after its end
                 output.truncate(0)
             if self.stopping and not why:
                 deadline, why = time.monotonic() + 0.8, "was ended because the poller stops"
-                signal_group(process, signal.SIGTERM)
+                signal_session(process.pid, signal.SIGTERM)
             if time.monotonic() >= deadline:
                 why = why or f"took longer than {self.timeout:g} s"
-                signal_group(process, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.1)
-        if process.returncode or why:
-            signal_group(process, signal.SIGKILL)  # what it left running
-        self.running.discard(process)
+                signal_session(process.pid, signal.SIGKILL)
+            time.sleep(0.05)
+        if why:  # the command may have ended well meanwhile, but what it started has to end as well
+            signal_session(process.pid, signal.SIGKILL)
         return why
+
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        """Reap it; unless it ended well, what it left running is ended too."""
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if not ended or ended.si_status:
+            signal_session(process.pid, signal.SIGKILL)
+        process.wait()
+        self.running.discard(process)
+
+    def report(self, order: Order, error: chili.TaskRejected) -> None:
+        """In a thread: ON_FAILED. Where it does not end well that is logged, and it is not run again."""
+        try:
+            self.run(order, None, STATUS=str(error.status or ""), ERROR=str(error))
+        except (HookFailed, OSError) as wrong:
+            log.error("%s %s; it is not run again", order.task_id, wrong)
 
     def stop(self) -> None:
         """Have all that run ended, whose exit code does not count then; no more are started."""
@@ -455,10 +629,14 @@ class Hook:
             time.sleep(0.05)
 
 
-def signal_group(process: subprocess.Popen[bytes], how: int) -> None:
-    """To a command and all that it started."""
+def signal_session(leader: int, how: int) -> None:
+    """To a command and all that it started, whatever process groups they made: proc(5), field 6."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, how)
+        os.killpg(leader, how)  # all there is without /proc
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if stat.read_text(errors="replace").rpartition(")")[2].split()[3] == str(leader):
+                os.kill(int(stat.parent.name), how)
 
 
 # --- the loop --------------------------------------------------------------------------------
@@ -471,58 +649,89 @@ class Poller:
     it. One that has ended is a result in `database`, until the file says so.
     """
 
-    def __init__(self, settings: Settings, screen: Screen, lock: TextIO, once: bool) -> None:
-        self.settings, self.once = settings, once
+    def __init__(self, settings: Settings, screen: Screen) -> None:
+        self.settings = settings
         self.grafx = settings.grafx()
-        self.database = db.Database(settings.database, once)
+        self.database = db.Database(settings.database, prove=bool(settings.on_done))
         self.orders: dict[str, Order] = {}
         self.queue: list[tuple[float, str]] = []  # a heap; an entry that is not its order's `due` is stale
         self.polling: dict[Future[Any], Order | None] = {}  # None: the first token
         self.results: queue.SimpleQueue[Future[Any] | None] = queue.SimpleQueue()
         self.pool = ThreadPoolExecutor(settings.concurrency)
-        self.outage = Outage(settings.poll_interval)
-        self.hook = Hook(settings.on_done, settings.on_done_timeout)
-        self.status = Status(screen, lock)
-        self.ready = self.stopping = False  # ready: the token endpoint has answered
-        self.exit_code = 0
-        store, failing = self.database.start(), self.database.failing
-        counts = f"{len(store.orders) - len(failing)} pending, {len(failing)} failing"
-        counts += f", {len(store.failed)} failed, {len(self.database.deliveries.ids)} delivered"
-        log.info("GraFx order poller %s: %s, %s: %s", VERSION, settings.database, settings.baseurl, counts)
-        for task_id, fields in store.orders.items():
-            self.add(task_id, fields)
+        self.outage, self.evidence = Outage(settings.poll_interval), Evidence()
+        self.hook = Hook("ON_DONE", settings.on_done, settings.on_done_timeout)
+        self.on_failed = Hook("ON_FAILED", settings.on_failed, settings.on_done_timeout)
+        self.status = Status(screen)
+        self.claim = Claim(settings.database, settings.orders_dir)
+        self.exit_code: int | None = None  # of a stop that was asked for
+        what = settings.database, settings.baseurl, settings.environment, settings.orders_dir
+        log.info("GraFx order poller %s: %s, %s, environment %s, files to %s", VERSION, *what)
         for name in STOP_SIGNALS:
             if signal.getsignal(name) != signal.SIG_IGN:
                 signal.signal(name, self.on_signal)
 
+    @property
+    def once(self) -> bool:
+        return bool(self.settings.once)
+
     def run(self) -> int:
         """Poll until a signal, with `once` until each order was polled; returns the exit code."""
-        while not self.stopping and not (self.once and self.is_done()):
-            self.sync_orders()
-            self.poll_due_orders()
+        while True:
+            if self.exit_code is not None or (self.once and self.is_done()):
+                return self.stop()
+            if self.prepare():
+                self.sync_orders()
+                self.poll_due_orders()
             self.handle_results()
+            if not self.once:  # else at the end
+                self.evidence.report(self.orders.values())
             self.status.report(self)
-        return self.stop()
 
     def is_done(self) -> bool:
-        """With `once`: an outage is not waited for."""
-        return self.ready and not self.polling and (not self.orders or self.outage.pause() > 0)
+        """With `once`: an outage is not waited for, nor that somebody mends the database."""
+        if self.polling or self.on_failed.failures or not all(job.done() for job in self.on_failed.jobs):
+            return False
+        if self.outage.error or self.outage.pause() > 0:
+            return True
+        loaded = self.database.loaded
+        return self.status.ready and not self.orders if loaded else bool(self.database.problem)
 
     def on_signal(self, *_: object) -> None:
         """Set a flag, wake the loop, and nothing else: a signal may interrupt anything."""
-        self.stopping = True
+        self.exit_code = self.exit_code or 0
         self.results.put(None)
+
+    def prepare(self) -> bool:
+        """Whether this is the only poller here; a disk that is not there yet is waited for."""
+        complete = self.claim.complete
+        if time.monotonic() < self.claim.look if complete else self.outage.pause() > 0:
+            return complete
+        try:
+            if complete:
+                self.claim.renew()
+            else:
+                self.claim.take()
+                self.outage.end()
+        except db.Busy as error:
+            log.error("%s", error)
+            self.exit_code = 1
+        except (db.DatabaseError, chili.TryAgainLater, OSError) as error:
+            if not complete:
+                self.outage.begin(error)
+        return self.claim.complete
 
     def sync_orders(self) -> None:
         """Write the results; see which orders came into the file, and which were removed from it."""
+        first = not self.database.loaded
         new, gone = self.database.sync(idle=not self.polling and self.next_due() > time.monotonic())
-        if self.once:
+        self.report_failures()
+        if self.once and not first:
             return
         if new or gone:
             self.status.states = None, Counter()  # to be counted anew
         for task_id, fields in new.items():
             self.add(task_id, fields)
-            if len(new) <= 5:
+            if len(new) <= 5 and not first:
                 project = self.orders[task_id].project
                 log.info("%s added%s", task_id, f" (project {project})" if project else "")
         for task_id in gone:
@@ -530,21 +739,30 @@ class Poller:
             if len(gone) <= 5:
                 log.info("%s removed from the file by somebody", task_id)
         for task_ids, what in ((new, "added"), (gone, "removed from the file by somebody")):
-            if len(task_ids) > 5:
+            if len(task_ids) > 5 and not first:
                 log.info("%d orders %s", len(task_ids), what)
+
+    def report_failures(self) -> None:
+        """Start ON_FAILED for what the file has under "failed", so that it runs once at most."""
+        while self.on_failed.failures and self.database.settled:
+            job = self.pool.submit(self.on_failed.report, *self.on_failed.failures.pop())
+            job.add_done_callback(lambda _: self.results.put(None))
+            self.on_failed.jobs = [one for one in (*self.on_failed.jobs, job) if not one.done()]
 
     def add(self, task_id: str, fields: db.Fields) -> None:
         """Know an order of the file; where an earlier process saw it rejected, that counts on."""
         for order in self.polling.values():
-            if order and order.task_id == task_id:  # removed and added again while it is polled
-                self.orders[task_id] = order
+            if order and db.key(order.task_id) == db.key(task_id):  # removed and added again meanwhile
+                order.task_id, self.orders[task_id] = task_id, order
                 return
-        order = Order(task_id, chili.sanitize(fields.get("projectID") or ""), monotonic(fields.get("added")))
+        now, project = time.monotonic(), chili.sanitize(fields.get("projectID") or "")
+        order = Order(task_id, project, epoch(fields.get("added")), now, handled=now)
         if record := self.database.failing.get(task_id):
-            order.state, order.since = "rejected", monotonic(record.get("since"))
+            # A clock that was set back neither stops the polls nor ends them.
+            order.state, order.rejected = "rejected", min(now, now - time.time() + epoch(record.get("since")))
             times = record.get("times")
-            # The daemon polls it three times more, since it does not note each time.
-            order.times = times if self.once and isinstance(times, int) else 0
+            # The daemon polls it so often once more, since it does not note each time.
+            order.rejections = times if self.once and isinstance(times, int) else 0
         elif chili.find_file(self.settings.orders_dir, task_id):
             order.state = WAITING
         self.orders[task_id] = order
@@ -583,23 +801,29 @@ class Poller:
         """Let a thread poll an order, or fetch the first token; its result comes back through `results`."""
         if order:
             log.debug("%s polled (project %s)", order.task_id, order.project or "not given")
-            order.polled, order.due = time.monotonic(), NEVER
+            order.polled = order.moved = time.monotonic()
+            order.due, order.alarms = NEVER, 0
         future = self.pool.submit(self.poll, order) if order else self.pool.submit(self.grafx.token.get)
         self.polling[future] = order
         future.add_done_callback(self.results.put)
 
     def poll(self, order: Order) -> Path | None:
         """In a thread: `chili.order_done`, then ON_DONE where it is set; None while the task renders."""
+        folder = self.settings.orders_dir
         try:
-            file = chili.order_done(order.task_id, self.grafx, self.settings.orders_dir, order.progress)
+            file = chili.order_done(order.task_id, self.grafx, folder, order.progress)
+            if file:  # also where it was here: a process may have been killed between its rename and this
+                db.sync_folder(folder)
         except OSError as error:
-            raise disk_error(self.settings.orders_dir, error) from None
-        order.download = ""
+            raise disk_error(folder, error) from None
+        order.download, order.moved = "", NEVER
         try:
             if file and self.hook.words:
+                if not self.database.deliveries.writable:  # or it would run again after each start
+                    raise HookFailed("waits with ON_DONE until the list of deliveries can be written")
                 self.hook.run(order, file)
-        except OSError as error:  # no room for its output
-            raise HookFailed(f"ON_DONE cannot be run: {error}") from None
+        except OSError as error:  # no room for its output, say
+            raise HookFailed(f"ON_DONE was not seen to end well: {error}") from None
         return file
 
     def handle_results(self, seconds: float | None = None) -> None:
@@ -623,40 +847,63 @@ class Poller:
             error = chili.TryAgainLater(f"unexpected {type(error).__name__}")
         if isinstance(error, chili.CredentialsRejected) and not self.grafx.token.issued:
             log.error("%s", error)
-            self.exit_code, self.stopping = EX_CONFIG, True
+            self.exit_code = EX_CONFIG
         if isinstance(error, chili.TryAgainLater) and error.retry_after:
             retry_log.warning("rate limited: Retry-After %.0f s", error.retry_after)
             self.outage.limited = max(self.outage.limited, time.monotonic() + error.retry_after)
         if order:
-            self.end_outage(order, error)
-            if isinstance(error, chili.TaskRejected):
-                self.rejected(order, error)
-            elif isinstance(error, chili.TryAgainLater):
-                self.retry_later(order, error)
-            elif file := future.result():
-                self.delivered(order, file)
-            else:
-                self.pending(order)
-            order.size, order.download = 0, ""
-            self.status.results[order.state] += 1
+            self.handle_order(order, None if error else future.result(), error)
             return
-        self.ready = True  # orders are polled from now on, and systemd is told
+        self.status.ready = True  # orders are polled from now on, and systemd is told
         if self.outage.error and not error:
             self.outage.end()
-        elif isinstance(error, chili.TryAgainLater) and not self.stopping:
+        elif isinstance(error, chili.TryAgainLater) and self.exit_code is None:
             self.outage.begin(error)
 
-    def end_outage(self, order: Order, error: BaseException | None) -> None:
-        """Where this poll began after the outage did, and shows that it is over."""
-        if self.outage.error is None or order.polled < self.outage.since:
+    def handle_order(self, order: Order, file: Path | None, error: BaseException | None) -> None:
+        """What the poll of an order ended with: its file, an error, or neither."""
+        came = order.size > 0 and (error is None or isinstance(error, HookFailed))
+        resumed = self.end_outage(order, error, came)
+        if came:
+            self.evidence.last_file = time.monotonic()
+        if came or (getattr(error, "proven", False) if error else not file):
+            resumed = self.evidence.good() or resumed
+        elif isinstance(error, chili.TaskRejected):
+            self.evidence.rejected(order, error)
+        if order.age > FORGOTTEN and not file:
+            error = forgotten(error)
+        if isinstance(error, chili.TaskRejected) and not error.proven and self.once:
+            self.orders.pop(order.task_id, None)
+            self.evidence.unjudged.append((order, error))
             return
+        if isinstance(error, chili.TaskRejected):
+            self.rejected(order, error)
+        elif isinstance(error, chili.TryAgainLater):
+            self.retry_later(order, error)
+        elif file:
+            self.delivered(order, file)
+        else:
+            self.pending(order)
+        order.size, order.download, order.handled = 0, "", time.monotonic()
+        self.status.results[order.state] += 1
+        # Rejected orders have long pauses, for which there is no reason any more.
+        soon = 0.0 if resumed else self.settings.poll_interval if came else NEVER
+        for other in map(self.orders.get, [*self.database.failing]):
+            if other and time.monotonic() + soon < other.due < NEVER:
+                self.requeue(other, soon)
+
+    def end_outage(self, order: Order, error: BaseException | None, came: bool) -> bool:
+        """End the outage where this poll began after it did, and shows that it is over."""
+        if self.outage.error is None or order.polled < self.outage.since:
+            return False
         if isinstance(self.outage.error, CannotWrite):  # only a new file shows that the disk takes one
-            over = order.size > 0 and (error is None or isinstance(error, HookFailed))
+            over = came
         else:  # a file that was here says nothing about GraFx
             shared = isinstance(error, chili.TryAgainLater) and error.shared
             over = order.state != WAITING and not shared
         if over:
             self.outage.end()
+        return over
 
     def delivered(self, order: Order, file: Path) -> None:
         """Its file is whole on the disk, and ON_DONE has run: it may leave database.json."""
@@ -665,79 +912,124 @@ class Poller:
         self.database.delivered(order.task_id, file.name)
         self.status.last = f"last delivery {time.strftime('%H:%M:%S')}"
         size = chili.format_size(order.size) if order.size else "downloaded before"
-        place, took = f"{file.parent.name}/{file.name}", duration(time.monotonic() - order.added)
+        place, took = f"{file.parent.name}/{file.name}", duration(order.age)
         log.info("%s delivered to %s (%s, %s after it was added)", order.task_id, place, size, took)
 
     def pending(self, order: Order) -> None:
-        """204: GraFx renders it."""
+        """202 or 204: GraFx renders it."""
         order.enter("rendering")
-        self.database.pending(order.task_id)
+        self.clear(order)
         # So a file is here at most a quarter of its render time (and 2 s) after it is ready,
         # and an order that renders for an hour is not polled 1,800 times.
-        quarter = (time.monotonic() - order.added) / 4
-        self.requeue(order, min(self.settings.poll_interval, max(SHORTEST_PAUSE, quarter)))
+        self.requeue(order, min(self.settings.poll_interval, max(SHORTEST_PAUSE, order.age / 4)))
+
+    def clear(self, order: Order) -> None:
+        """It is rejected no more: it renders, or its file is here."""
+        order.rejected, order.witnessed, order.rejections, order.suspect = 0.0, 0.0, 0, False
+        self.database.pending(order.task_id)
 
     def rejected(self, order: Order, error: chili.TaskRejected) -> None:
-        """There is no file, GraFx says. It fails when that was so for GIVE_UP_AFTER without a break."""
+        """There is no file, GraFx says. It fails where that was so often enough, and for GIVE_UP_AFTER.
+
+        What may be meant for all orders counts only where another one's file came since the last poll.
+        """
+        now, give_up_after = time.monotonic(), self.settings.give_up_after
+        first, order.rejected = not order.rejected, order.rejected or now
+        order.witnessed = order.witnessed or now
         order.enter("rejected", str(error))
-        left = order.since + self.settings.give_up_after - time.monotonic()
-        project = order.project or "not given"
-        if error.final or (order.times >= REJECTIONS and left <= 0):
+        counts = error.proven or self.evidence.last_file > order.handled
+        order.rejections += counts
+        left = order.rejected + give_up_after - now
+        if not self.once:  # what was noted before a night off is not enough
+            left = max(left, order.witnessed + min(WITNESSED, give_up_after) - now)
+        project = f" (project {order.project})" if order.project else ""
+        if error.final or (order.rejections >= (PROVEN if error.proven else UNPROVEN) and left <= 0):
             order.enter("failed")
-            self.orders.pop(order.task_id, None)
+            known = self.orders.pop(order.task_id, None) or self.once  # else somebody removed it meanwhile
             self.database.failed(order.task_id, error.status, str(error))
-            log.error("%s failed (project %s): %s", order.task_id, project, error)
+            log.error("%s failed%s: %s", order.task_id, project, error)
+            if self.on_failed.words and known:
+                self.on_failed.failures.append((order, error))
             return
-        if order.times == 1:
+        if first:
             until = time.strftime("%H:%M:%S", time.localtime(time.time() + max(0.0, left)))
-            text = "%s rejected by GraFx: %s (project %s); retrying until %s, then it fails"
-            retry_log.warning(text, order.task_id, error, project, until)
+            until += ", then it fails" if error.proven else " or later"
+            text, said = "%s rejected by GraFx: %s%s; retrying until %s", str(error).rstrip(".")
+            retry_log.warning(text, order.task_id, said, project, until)
         if self.once or self.database.failing.get(order.task_id, {}).get("status") != error.status:
-            seconds = round(time.time() - time.monotonic() + order.since)
+            seconds = round(time.time() - time.monotonic() + order.rejected)
             since = db.stamp(datetime.fromtimestamp(seconds, timezone.utc))
-            record = {"status": error.status, "error": str(error), "since": since, "times": order.times}
+            record = {"status": error.status, "error": str(error), "since": since, "times": order.rejections}
             self.database.rejected(order.task_id, record)
-        self.requeue(order, backoff(order.times, self.settings.poll_interval))
+        longest = self.settings.poll_interval if counts else LONGEST_PAUSE
+        self.requeue(order, backoff(order.times, longest))
 
     def retry_later(self, order: Order, error: chili.TryAgainLater) -> None:
         """It could not be polled or delivered, through no fault of its own."""
         pause, hook = 0.0, isinstance(error, HookFailed)
         order.enter(WAITING if hook else "retrying", str(error))
-        self.database.pending(order.task_id)
+        if hook:
+            self.clear(order)
         # What was asked before the last outage ended says nothing about now.
         shared = error.shared and (self.outage.error is not None or order.polled >= self.outage.ended)
-        if shared and not self.stopping:
+        if self.exit_code is not None:
+            pass
+        elif shared:
             self.outage.begin(error)
-        elif not self.stopping:
+        else:
             pause = backoff(order.times, self.settings.poll_interval)
             text = "%s %s; retrying in %s" if hook else "%s cannot be polled: %s; retrying in %s"
-            retry_log.warning(text, order.task_id, error, duration(pause))
+            retry_log.warning(text, order.task_id, error, duration(max(pause, self.outage.pause())))
         self.requeue(order, pause)
 
     def stop(self) -> int:
         """End the commands, and write the results. Downloads are dropped."""
         notify("STOPPING=1")
-        self.stopping = True
+        self.exit_code = self.exit_code or 0
         self.hook.stop()
+        self.on_failed.stop()
         self.handle_results(0.5 if self.hook.words and self.polling else 0.05)
-        written, left, results = self.database.flush(), len(self.orders), self.status.results
-        db.note(self.status.lock)  # nothing is wrong any more
+        for order, error in self.evidence.unjudged:
+            self.rejected(order, error)
+            self.status.results[order.state] += 1
+        unwritten = self.database.flush(10.0 if self.once else 1.0)
+        left = len(self.orders) + unwritten
+        for order, _ in self.on_failed.failures:
+            log.error("%s ON_FAILED was not run, since the poller stops", order.task_id)
+        for file in self.claim.locks.values():
+            db.note(file)  # nothing is wrong any more
         if not self.once:
             log.info("stopped, %d pending", left)
-            return self.exit_code
+            return self.exit_code or int(unwritten > 0)
         if left:
             log.warning("%s not polled; the next run polls them", plural(left, "order"))
+        results = self.status.results
         said = ", ".join(f"{results[state]} {state}" for state in STATES if results[state])
         log.info("polled %s%s", plural(results.total(), "order"), said and f": {said}")
-        fine = written and not left and not results.keys() & {"failed", WAITING, "retrying"}
+        fine = self.database.loaded and not self.database.problem and not left
+        fine = fine and not results.keys() & {"failed", WAITING, "retrying"}
+        if self.evidence.unjudged and not self.evidence.answered:
+            self.evidence.say([order for order, _ in self.evidence.unjudged])
+            fine = False
         return self.exit_code or (0 if fine else 1)
+
+
+def forgotten(error: BaseException | None) -> BaseException | None:
+    """What a poll's result means for an order that is older than GraFx keeps a task."""
+    if isinstance(error, chili.TryAgainLater) and (error.shared or isinstance(error, HookFailed)):
+        return error
+    if isinstance(error, chili.TaskRejected) and error.proven:
+        return error
+    text = f"not finished after 7 days, when GraFx forgets a task; last answer: {error or 204}"
+    return chili.TaskRejected(text, getattr(error, "status", None if error else 204), proven=True)
 
 
 class Status:
     """What a person sees beside the log: the live line, systemd's status, the note for `db.py list`."""
 
-    def __init__(self, screen: Screen, lock: TextIO) -> None:
-        self.screen, self.lock = screen, lock
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+        self.ready = False  # the token endpoint has answered
         self.results: Counter[str] = Counter()  # of all polls
         self.states: tuple[Any, Counter[str]] = (None, Counter())  # of the orders, and as of which results
         self.last = self.note = ""  # the last delivery; what `db.py list` shows
@@ -753,6 +1045,8 @@ class Status:
         now = time.monotonic()
         if now < self.due:
             return
+        if self.screen.gone():
+            poller.exit_code = 1
         self.due, version = now + self.pause, self.results.total()
         if version != self.states[0]:  # there may be 20,000 of them
             self.states = version, Counter(order.state for order in poller.orders.values())
@@ -761,40 +1055,53 @@ class Status:
         states = self.states[1] - Counter(order.state for order in downloads)
         states["downloading"] = len(downloads)
         counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
-        problem, due = self.problem(poller, states)
-        if problem != self.note:
-            self.note = problem
-            db.note(self.lock, problem)
+        whom, problem, due = self.problem(poller, states)
+        if (note := ": ".join(filter(None, (whom, problem)))) != self.note:
+            self.note = note
+            for file in poller.claim.locks.values():
+                db.note(file, note)
         when = f" in {max(0.0, due - now):.0f} s" if due < NEVER else ""
-        wrong = f"retrying{when}: {problem}" if problem else ""
-        first = now >= self.ready_by or (poller.ready and self.ready_by < NEVER)
+        wrong = ", ".join(filter(None, (whom, f"retry{when}: {problem}"))) if problem else ""
+        first = now >= self.ready_by or (self.ready and self.ready_by < NEVER)
         self.ready_by = NEVER if first else self.ready_by
-        state = "; ".join(filter(None, (wrong, counts, self.last)))
+        state = "; ".join(filter(None, (wrong, counts or "idle, 0 pending", self.last)))
+        state += time.strftime(" (%H:%M:%S)")
         notify("READY=1\n" * first + f"WATCHDOG=1\nSTATUS={state}")  # it stops where the loop hangs
         loading = [f"{order.task_id[:8]} {order.download}" for order in downloads]
         following = f"next poll{when}" if when and not wrong else ""
         self.screen.show(" | ".join(filter(None, (wrong, *loading, counts, following, self.last))))
 
-    def problem(self, poller: Poller, states: Counter[str]) -> tuple[str, float]:
-        """What is wrong just now, and when the next try is, in monotonic seconds."""
-        outage, due = poller.outage, poller.next_due()
-        reasons = []
+    def stalled(self, orders: Iterable[Order | None]) -> str:
+        """Say which polls and downloads hang, each once and once as an error; returns it for the first."""
+        said = []
+        for order in filter(None, orders):
+            if (silent := time.monotonic() - order.moved) >= STALLED:
+                since = time.strftime("%H:%M", time.localtime(time.time() - silent))
+                said.append(f"{order.task_id} has been waiting for its disk or network since {since}")
+                if order.alarms < 1 + (silent >= ALARM):
+                    order.alarms += 1
+                    log.log(logging.ERROR if silent >= ALARM else logging.WARNING, "%s", said[-1])
+        return said[0] if said else ""
+
+    def problem(self, poller: Poller, states: Counter[str]) -> tuple[str, str, float]:
+        """For whom something is wrong just now, what, and when the next try is, in monotonic seconds."""
+        outage, due, whom, reasons = poller.outage, poller.next_due(), "", list[str]()
         if outage.error and (outage.pause() or poller.polling):  # else no order is left that would end it
-            reasons = [f"paused: {outage.error}"]
+            whom, reasons = "paused", [str(outage.error)]
         if outage.pause():
             due = time.monotonic() + outage.pause()
-            reasons = reasons or ["rate limited by GraFx"]
-        if poller.database.problem:
-            reasons.append(poller.database.problem)
+            whom, reasons = "paused", reasons or ["rate limited by GraFx"]
+        reasons += filter(None, (poller.database.problem, poller.evidence.problem))
         stuck = []
         if not reasons and (states["retrying"] or states[WAITING]):
             orders = poller.orders.values()
             stuck = [order for order in orders if order.problem and order.state in ("retrying", WAITING)]
         if stuck:
             due = min(order.due for order in stuck)
-            oldest = min(stuck, key=lambda order: order.since)
-            reasons = [f"{plural(len(stuck), 'order')}: {oldest.problem}"]
-        return "; ".join(reasons), due
+            worst = max(stuck, key=lambda order: order.times)
+            whom, reasons = plural(len(stuck), "order"), [worst.problem]
+        reasons += filter(None, (self.stalled(poller.polling.values()),))
+        return whom, "; ".join(reasons), due
 
 
 # --- python poller.py ------------------------------------------------------------------------
@@ -802,19 +1109,27 @@ class Status:
 
 def check(settings: Settings) -> int:
     """Try all that the poller needs, and say what is fine and what is not; returns the exit code."""
-    grafx, code = settings.grafx(), 0
+    grafx, code, pending = settings.grafx(), 0, list[str]()
 
     def database() -> str:
-        store = db.read(settings.database)
-        with db.lock(settings.database, "lock", db.PATIENCE):  # it can be had, so the file can be written
-            return f"{settings.database}: {len(store.orders)} pending, {len(store.failed)} failed"
+        store = db.rewrite(settings.database)
+        prepare_folder(settings.database.parent)
+        good = store.orders.keys() - store.failing.keys()
+        pending.extend(task_id for task_id in store.orders if task_id in (good or store.orders))
+        counts = f"{len(good)} pending, {len(store.orders) - len(good)} rejected"
+        return f"{settings.database}: {counts}, {len(store.failed)} failed"
+
+    def poll() -> str:
+        if not grafx.token.issued:
+            raise chili.TryAgainLater("not tried, since there is no token")
+        return chili.check_environment(grafx, pending[-1] if pending else None)
 
     steps: dict[str, Callable[[], Any]] = {
-        "settings": lambda: "complete",
+        "settings": sources,
         "database": database,
         "folder": lambda: prepare_folder(settings.orders_dir),
-        "token": lambda: grafx.token.get() and f"{settings.token_url} gives one",
-        "GraFx": lambda: chili.check_environment(grafx),
+        "token": lambda: grafx.token.get() and f"{settings.token_url} gave a token",
+        "GraFx": poll,
     }
     for name, step in steps.items():
         try:
@@ -826,19 +1141,18 @@ def check(settings: Settings) -> int:
     return code
 
 
-def run(settings: Settings, screen: Screen, once: bool) -> int:
-    """Be the only poller of this database. Raises DatabaseError, CannotWrite, OSError."""
-    with db.lock(settings.database, "pid", patience=0) as lock:
-        db.note(lock)
-        prepare_folder(settings.orders_dir)
-        chili.remove_leftovers(settings.orders_dir)
-        poller = Poller(settings, screen, lock, once)
-        try:
-            return poller.run()
-        except Exception:
-            poller.hook.stop()
-            log.critical("the poller crashed, please report it", exc_info=True)
-            return EX_SOFTWARE
+def run(settings: Settings, screen: Screen) -> int:
+    poller = Poller(settings, screen)
+    try:
+        return poller.run()
+    except Exception as error:
+        poller.hook.stop()
+        poller.on_failed.stop()
+        if isinstance(error, RuntimeError) and "thread" in str(error):
+            log.error("%s. %s", error, MORE_THREADS)
+            return 1
+        log.critical("the poller crashed, please report it", exc_info=True)
+        return EX_SOFTWARE
 
 
 def main() -> int:
@@ -852,24 +1166,33 @@ def main() -> int:
     db.open_streams()
     parser = argparse.ArgumentParser(
         prog="poller.py",
-        description="Fetch the files of finished GraFx orders: from database.json to ./orders.",
-        epilog="Settings come from the environment and .env; README.md lists them. Exit codes:"
-        " 1 an order failed or could not be polled; 70 please report it; 78 wrong settings or credentials.",
+        description="Download the files of finished GraFx orders, from database.json to ./orders.",
+        epilog="README.md lists the settings, which .env holds. Exit codes: 0 stopped, or all orders polled;"
+        " 1 an order failed or could not be polled or delivered, or the poller could not start;"
+        " 70 a bug, please report it; 78 wrong settings or credentials.",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--once", action="store_true", help="poll each order once, and end")
-    what.add_argument("--check", action="store_true", help="try settings, database, folder, token and GraFx")
+    what.add_argument("--once", action="store_true", help="poll each order once, then exit")
+    what.add_argument("--check", action="store_true", help="try everything, and say what to fix")
     parser.add_argument("-v", "--verbose", action="store_true", help="log each request, without any secret")
     given = parser.parse_args()
-    screen = Screen(given.verbose)
+    try:
+        screen = Screen(given.verbose)
+    except RuntimeError as error:
+        print(f"poller.py: {error}. {MORE_THREADS}", file=sys.stderr)
+        return 1
     try:
         settings = load_settings()
-        return check(settings) if given.check else run(settings, screen, given.once)
+        settings.once = given.once
+        return check(settings) if given.check else run(settings, screen)
     except SettingsError as error:
         for line in str(error).splitlines():
-            log.error("%s", line)
+            if given.check:
+                print(f"WRONG settings: {line}", flush=True)
+            else:
+                log.error("%s", line)
         return EX_CONFIG
-    except (db.DatabaseError, CannotWrite, OSError) as error:
+    except OSError as error:  # say, of what --check prints
         log.error("%s", error)
         return 1
     finally:
