@@ -1,4 +1,4 @@
-"""Under systemd: what it is told, what the journal gets, and the README's units in a system of their own."""
+"""Under systemd: what it is told, what the journal gets, and `.systemd` in a system of its own."""
 
 from __future__ import annotations
 
@@ -20,19 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, QUICK, ROOT, Home, eventually
+from conftest import PATIENCE, QUICK, ROOT, Home, eventually, find_program
 from dotenv import dotenv_values
 from sandbox import Sandbox
 
 README = (ROOT / "README.md").read_text()
-SECTION = README.partition("\n## Under systemd\n")[2].partition("\n## ")[0]
-# Its blocks, one after the other, and the lines of the second: a new one needs a test that pastes it.
-INSTALL, DAY, ON_DONE, ON_DONE_LINES, TIMER, BACK, SEVERAL, REMOVE = (
-    fenced or textwrap.dedent(indented)
-    for fenced, indented in re.findall(r"^```sh\n([\s\S]*?)^```$|((?:^    .*\n)+)", SECTION, re.MULTILINE)
+SECTION = README.partition("\n## Run under systemd\n")[2].partition("\n## ")[0]
+# Its blocks, one after the other, and their lines: a new one needs a test that pastes it.
+INSTALL, DAY, TIMERS, SEVERAL, DROP_IN_LINES = map(
+    textwrap.dedent, re.findall(r"(?:^    .*\n)+", SECTION, re.MULTILINE)
 )
-STATUS, ERRORS, INTO, LIST, SETTING, CHECK, JOIN = DAY.splitlines(keepends=True)
-UNIT = re.findall(r"<<'END'\n(.*?)^END$", INSTALL, re.DOTALL | re.MULTILINE)[0]
+STATUS, ERRORS, LIST, SETTING, ROTATE, JOIN, CLEAN, RESET, BACKUP, RESTORE, REMOVE = DAY.splitlines()
+TIMER, BACK = TIMERS.splitlines()
+INSTALL_TWO, LIST_TWO = SEVERAL.splitlines()
+UNITS = (
+    "grafx-poller.service",
+    "grafx-poller@.service",
+    "grafx-poller-once.service",
+    "grafx-poller-once.timer",
+)
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 
 
@@ -87,7 +93,7 @@ def test_systemd_is_told_how_it_stands(home: Home, grafx: Sandbox, manager: Mana
     manager.hears("^STATUS=.*\\b1 downloading\\b")
     assert not [line for line in manager.lines() if re.search("last delivery .*[0-9]", line)]
     home.db("add", done)
-    manager.hears("^STATUS=.*\\b1 downloading\\b.*last delivery .*[0-9]{2}:[0-9]{2}:[0-9]{2}$")
+    manager.hears("^STATUS=.*\\b1 downloading\\b.*last delivery .*[0-9] \\([0-9]{2}:[0-9]{2}:[0-9]{2}\\)$")
     assert manager.lines().count("READY=1") == 1
     assert manager.lines().count("WATCHDOG=1") >= 2
     assert "STOPPING=1" not in manager.lines()
@@ -100,45 +106,70 @@ def test_systemd_is_told_that_grafx_cannot_be_reached(home: Home, grafx: Sandbox
     home.wait_for(grafx.add())
     daemon = home.start(before=QUICK, NOTIFY_SOCKET=manager.address)
     manager.hears("^READY=1$")  # a network that is not there yet is no reason to fail the start
-    manager.hears(r"^STATUS=retrying in \d+ s: paused: .*503.*; 1 new$")
+    manager.hears(r"^STATUS=paused, retry in \d+ s: .*503.*; 1 new \([0-9:]+\)$")
     grafx.clear_faults()
     daemon.says(" delivered")
     manager.forget()
-    manager.hears("^STATUS=(?!.*(retrying|503))last delivery .*[0-9]$")
+    manager.hears("^STATUS=(?!.*(retrying|503))idle, 0 pending; last delivery .*[0-9] ")
     assert daemon.stop() == 0
 
 
-@pytest.mark.parametrize("wrong", ["settings", "database", "folder", "lock"])
-def test_systemd_is_not_told_ready_where_something_is_wrong(home: Home, manager: Manager, wrong: str) -> None:
-    env, code = {}, 1
-    if wrong == "settings":
-        env, code = {"POLL_INTERVAL": "often"}, 78
-    elif wrong == "database":
-        home.write("{")
-        os.utime(home.database, (1, 1))
-    elif wrong == "folder":
+@pytest.mark.parametrize(
+    "wrong", ["settings", "credentials", "a poller of its database", "a poller of its folder"]
+)
+def test_systemd_is_not_told_ready_where_it_cannot_start(
+    home: Home, grafx: Sandbox, manager: Manager, wrong: str
+) -> None:
+    env, code, says = {"POLL_INTERVAL": "often"}, 78, "POLL_INTERVAL is 'often'"
+    if wrong == "credentials":
+        grafx.refuse_credentials, env, says = True, {}, "rejects SERVER_ID and SERVER_SECRET"
+        grafx.fault("token", "delay", seconds=1.5)
+    elif wrong != "settings":
+        home.wait_for("another-has-it")
+        home.start().says(" pending, ")
+        env, code, says = {}, 1, "is already running"
+    if wrong == "a poller of its folder":
+        env, says = {"DATABASE": str(home.folder / "other.json")}, "Give each an ORDERS_DIR of its own."
+    ended = home.run(before=QUICK, NOTIFY_SOCKET=manager.address, **env)
+    assert ended.process.returncode == code
+    assert says in ended.log()
+    assert "READY=1" not in manager.lines()
+
+
+@pytest.mark.parametrize("wrong", ["no folder for the database", "a file as ORDERS_DIR", "a broken database"])
+def test_systemd_is_told_ready_though_a_disk_is_not_there_yet(
+    home: Home, grafx: Sandbox, manager: Manager, wrong: str
+) -> None:
+    """After a while; and all the while that the loop turns, or the watchdog would end it."""
+    home.wait_for(task := grafx.add())
+    disk, kept, env = home.folder / "disk", home.database.read_text(), {}
+    if wrong == "no folder for the database":
+        env, says = {"DATABASE": f"{disk}/database.json"}, "paused, retry.*: cannot lock .*Make the folder"
+    elif wrong == "a file as ORDERS_DIR":
         home.orders.rmdir()
         home.orders.write_text("")
+        says = "paused, retry.*: cannot write to .*Make it a folder"
     else:
-        home.wait_for("another-has-it")
-        running = home.start()
-        held = home.folder / ".database.json.pid"
-        eventually(
-            lambda: held.exists() and held.read_text().startswith(f"{running.process.pid} "), "its lock"
-        )
-    ended = home.run(NOTIFY_SOCKET=manager.address, **env)
-    assert ended.process.returncode == code
-    assert manager.lines() == []
-
-
-def test_systemd_is_not_told_ready_before_grafx_has_taken_the_credentials(
-    home: Home, grafx: Sandbox, manager: Manager
-) -> None:
-    grafx.refuse_credentials = True
-    grafx.fault("token", "delay", seconds=1.5)
-    ended = home.run(before=QUICK, NOTIFY_SOCKET=manager.address)
-    assert ended.process.returncode == 78
+        home.write("{")
+        os.utime(home.database, (1, 1))  # as if nobody were still saving it
+        says = r"database\.json: line 1"
+    soon = "init = poller.Status.__init__; poller.Status.__init__ = lambda status, screen: ("
+    soon += "init(status, screen), setattr(status, 'ready_by', poller.time.monotonic() + 2))[0]"
+    daemon = home.start(before=f"{QUICK}; {soon}", NOTIFY_SOCKET=manager.address, **env)
+    manager.hears("^READY=1$")
+    manager.forget()
+    manager.hears("^WATCHDOG=1$")
+    manager.hears(f"^STATUS=.*{says}")
+    if env:
+        disk.mkdir()
+        home.database.rename(disk / "database.json")
+    elif home.orders.is_file():
+        home.orders.unlink()
+    else:
+        home.write(kept)
+    daemon.says(f"{task} delivered")
     assert "READY=1" not in manager.lines()
+    assert daemon.stop() == 0
 
 
 def test_systemd_is_told_why_the_database_cannot_be_read(
@@ -173,7 +204,7 @@ def test_a_loop_that_hangs_does_not_feed_the_watchdog(home: Home, grafx: Sandbox
         manager.lines()
         return time.monotonic() > manager.told[-1][0] + 2
 
-    part = next(path for path in home.orders.iterdir())
+    (part,) = home.orders.glob(".*.part")
     eventually(silent, "no word from a loop that hangs")
     size = part.stat().st_size
     eventually(lambda: part.stat().st_size > size, "a download that goes on")
@@ -224,7 +255,7 @@ def test_the_journal_gets_levels_and_no_times(home: Home, grafx: Sandbox) -> Non
         (6, " delivered to "),
         (4, "left alone"),
         (4, " cannot be polled: "),
-        (3, " failed (project "),
+        (3, " failed: "),
         (3, "unexpected error"),
         (3, "Traceback"),
         (3, '  File "'),
@@ -290,28 +321,11 @@ def test_on_done_is_not_told_where_the_credentials_are(home: Home, grafx: Sandbo
     assert f"{task} ON_DONE: {task} hidden\n" in ended.log()
 
 
-# --- the unit ----------------------------------------------------------------------------------------------
+# --- the units ---------------------------------------------------------------------------------------------
 
-
-def test_the_unit_is_rated_safe(tmp_path: Path) -> None:
-    analyze = shutil.which("systemd-analyze")
-    if analyze is None:
-        pytest.skip("needs systemd (Debian: apt-get install systemd): how safe the unit is is NOT tested")
-    unit = tmp_path / "grafx-poller.service"
-    unit.write_text(UNIT)
-    rated = subprocess.run(
-        [analyze, "security", "--offline=yes", "--threshold=15", str(unit)],
-        capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
-    assert rated.returncode == 0, rated.stdout + rated.stderr
-    level = re.search(r"Overall exposure level for grafx-poller.service: (\S+)", rated.stdout)
-    assert level, rated.stdout + rated.stderr
-    assert float(level[1]) <= 1.5
-
-
-# What the README's commands find in the system that they are tried in. They cannot change the real one: what
-# is written goes to a tmpfs, /sys and /proc/sys are read-only, /dev is its own, and what the machine would
-# start by itself is masked.
+# What the commands find in the system that they are tried in. They cannot change the real one: what is
+# written goes to a tmpfs, /sys and /proc/sys are read-only, /dev is its own, and what the machine would start
+# by itself is masked.
 BOOT = """
 set -eu
 mount --make-rprivate /
@@ -348,6 +362,7 @@ exec env -i container=docker /lib/systemd/systemd --unit=basic.target
 NAMESPACES = ("--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc", "--cgroup")
 CODE, STATE = "/opt/grafx-poller", "/var/lib/grafx-poller"
 SETTINGS, SECRET = f"{CODE}/.env", f"{CODE}/server_secret"
+CHECKOUT = "/root/my grafx"
 DROP_IN = "/run/systemd/system/grafx-poller.service.d/test.conf"
 
 
@@ -358,15 +373,11 @@ class Machine:
         if not sys.platform.startswith("linux") or os.geteuid() != 0:
             pytest.skip("needs root on Linux to boot a systemd: the units are NOT tested")
         for command in ("unshare", "nsenter", "setpriv", "pivot_root", "/lib/systemd/systemd"):
-            if shutil.which(command) is None:
-                pytest.skip(f"needs {command} to boot a systemd: the units are NOT tested")
+            find_program(command, "systemd util-linux", "what .systemd installs")
         probe = subprocess.run(["unshare", *NAMESPACES, "true"], capture_output=True, text=True)
-        if probe.returncode:
-            pytest.skip(f"unshare may not work here, the units are NOT tested: {probe.stderr.strip()}")
-        mounts = Path("/proc/self/mounts").read_text()
-        found = re.search(r"^\S+ (\S+) cgroup2 ", mounts, re.MULTILINE)
-        if found is None:
-            pytest.skip("needs a mounted cgroup2 to boot a systemd: the units are NOT tested")
+        found = re.search(r"^\S+ (\S+) cgroup2 ", Path("/proc/self/mounts").read_text(), re.MULTILINE)
+        if probe.returncode or found is None:
+            pytest.skip(f"needs unshare and cgroup2, the units are NOT tested: {probe.stderr.strip()}")
         self.cgroup = Path(found[1], f"grafx-test-{os.getpid()}")
         try:
             self.cgroup.mkdir()
@@ -390,13 +401,11 @@ class Machine:
 
     def child(self) -> str:
         assert self.unshare.poll() is None, self.log.read_text()
-        path = Path(f"/proc/{self.unshare.pid}/task/{self.unshare.pid}/children")
-        return path.read_text().strip()
+        return Path(f"/proc/{self.unshare.pid}/task/{self.unshare.pid}/children").read_text().strip()
 
     def is_up(self) -> bool:
         assert self.unshare.poll() is None, self.log.read_text()
-        name = Path(f"/proc/{self.pid}/comm").read_text().strip()
-        if name != "systemd":
+        if Path(f"/proc/{self.pid}/comm").read_text() != "systemd\n":
             return False
         running = self.run("systemctl", "is-system-running", check=False).stdout.strip()
         assert running != "degraded", self.run("systemctl", "--failed", check=False).stdout
@@ -426,15 +435,26 @@ class Machine:
         assert not check or done.returncode == 0, f"ended with {done.returncode}:\n{done.stdout}"
         return done
 
-    def paste(self, block: str, user: str = "root", folder: str = CODE, check: bool = True) -> str:
+    def paste(self, block: str, user: str = "root", folder: str = CHECKOUT, check: bool = True) -> str:
         """Run commands of the README, under a umask that hides all. To root, `sudo` is nothing."""
-        script = f'umask 077; cd {folder}; sudo() {{ env "$@"; }}\n{block}'
+        place = folder if user == "root" else "/"
+        script = f'umask 077; cd "{place}"; sudo() {{ env "$@"; }}\n{block}'
         return self.run("runuser", "-u", user, "--", "sh", "-euc", script, check=check).stdout
 
-    def db(self, *arguments: str, user: str = "root") -> str:
+    def db(self, *arguments: str, user: str = "root", like: str = LIST, check: bool = True) -> str:
         """As LIST has it; who is not root has no need of its sudo."""
-        command = LIST.partition("#")[0].replace(" list ", f" {' '.join(arguments)} ")
-        return self.paste(command if user == "root" else command.replace("sudo ", ""), user)
+        command = like.partition("#")[0].replace(" list", f" {' '.join(arguments)}")
+        return self.paste(command if user == "root" else command.replace("sudo ", ""), user, check=check)
+
+    def left(self) -> set[str]:
+        """Paths of its name or of nobody, lines of its name in users and groups, and units of its name."""
+        find = "find /etc /opt /root /run /srv /tmp /var -path /opt/python -prune -o -path '/root/.*' -prune "
+        find += r"-o \( -name '*grafx-poller*' -o -nouser -o -nogroup \) -print -prune"
+        files = self.run("sh", "-c", find).stdout
+        rows = self.run("sh", "-c", "getent passwd; getent group; cat /etc/shadow /etc/gshadow").stdout
+        units = self.run("systemctl", "list-units", "--all", "--plain", "--no-legend").stdout
+        lines = [line for line in (rows + units).splitlines() if "grafx" in line]
+        return {line for line in (*files.splitlines(), *lines) if CHECKOUT not in line}
 
     def may(self, user: str, *command: str) -> bool:
         """Whether a user may do that; where not, for no other reason."""
@@ -489,7 +509,6 @@ def put_wheels(folder: Path) -> None:
 
 
 HARD = "not $HOME or `id`, but \"5 %\" \\n # of a 'cup'"  # what a shell or a parser might spoil
-CHECKOUT = "/root/grafx"
 
 
 def dot_env(grafx: Sandbox, **more: str) -> str:
@@ -505,34 +524,36 @@ def dot_env(grafx: Sandbox, **more: str) -> str:
 
 @pytest.fixture(scope="module")
 def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, Sandbox]]:
-    """A machine on which the README's first block has been pasted, and another user has joined the group."""
+    """A machine on which the poller was installed, after some tries, and www-data has joined the group."""
     machine = Machine(tmp_path_factory.mktemp("machine") / "log")
     try:
         with Sandbox() as grafx:
             grafx.client_secret = HARD
             put_wheels(machine.path("/srv/wheels"))
             checkout = machine.path(CHECKOUT)
-            checkout.mkdir(mode=0o700)
+            shutil.copytree(ROOT / ".systemd", checkout / ".systemd")
             for name in ("poller.py", "chili.py", "db.py", "requirements.txt", "README.md"):
                 shutil.copy(ROOT / name, checkout)
-            # A setting is missing: that is said, and nothing is half done.
+            for path in (checkout, *checkout.rglob("*")):
+                path.chmod(path.stat().st_mode & 0o700)
+            apache = machine.path("/etc/systemd/system/apache2.service")
+            apache.write_text("[Service]\nUser=www-data\nExecStart=sleep infinity\n")
+            before = machine.left()
+            machine.refused = [machine.paste(INSTALL, check=False)]
+            machine.run("useradd", "--no-user-group", "--gid", "users", "grafx-poller")
             (checkout / ".env").write_text(dot_env(grafx).replace("BASEURL", "BASE_URL"))
-            for path in checkout.iterdir():
-                path.chmod(0o600)
-            machine.refused = machine.paste(INSTALL, folder=CHECKOUT, check=False)
-            assert not machine.path(SETTINGS).exists()
-            assert not machine.path(SECRET).exists()
+            machine.refused.append(machine.paste(INSTALL, check=False))
+            machine.run("userdel", "grafx-poller")
+            assert machine.left() == before
+            machine.refused.append(machine.paste(INSTALL, check=False))
+            assert machine.left().difference(before) == {CODE}
             (checkout / ".env").write_text(dot_env(grafx))
-            machine.paste(INSTALL, folder=CHECKOUT)
+            machine.paste(INSTALL)
             machine.paste(JOIN)
+            machine.before = before
             yield machine, grafx
     finally:
         machine.end()
-
-
-def is_of_the_unit(entry: dict[str, Any]) -> bool:
-    """Whether a line of the journal is of grafx-poller, by journald's own word or by systemd's."""
-    return "grafx-poller.service" in (entry.get("_SYSTEMD_UNIT"), entry.get("UNIT"))
 
 
 class Service:
@@ -554,6 +575,24 @@ class Service:
         for task_id in task_ids:
             self.machine.db("add", task_id)
 
+    def set(self, line: str) -> None:
+        """Add to its settings, until the end of the test."""
+        with self.machine.path(SETTINGS).open("a") as settings:
+            settings.write(f"{line}\n")
+
+    def hold(self) -> Path:
+        """Have an ON_DONE that ends as soon as there is the file that is returned."""
+        self.machine.program("hold", "until test -e /run/go; do sleep 0.1; done")
+        self.set("ON_DONE=hold")
+        return self.machine.path("/run/go")
+
+    def once(self, *task_ids: str) -> None:
+        """Add orders after the end of a pass, and have the timer start another one; a minute is long."""
+        once = "grafx-poller-once.service"
+        eventually(lambda: self.machine.show("ActiveState", unit=once) == "inactive", "the end of a pass")
+        self.add(*task_ids)
+        self.machine.run("systemctl", "restart", "grafx-poller-once.timer")
+
     def state(self) -> Any:
         return json.loads(self.machine.path(f"{STATE}/database.json").read_text())
 
@@ -568,14 +607,16 @@ class Service:
         self.machine.run("journalctl", "--sync")
         # Not by -u: whose a process was that has ended, a busy journald cannot find out any more.
         lines = self.machine.run("journalctl", "-o", "json", *options).stdout.splitlines()
-        entries = [entry for entry in map(json.loads, lines) if is_of_the_unit(entry)]
-        return [entry for entry in entries if int(entry["__MONOTONIC_TIMESTAMP"]) > self.begin * 1e6]
+        entries = [entry for entry in map(json.loads, lines)
+                   if int(entry["__MONOTONIC_TIMESTAMP"]) > self.begin * 1e6]  # fmt: skip
+        # By journald's own word, or by systemd's.
+        return [entry for entry in entries
+                if "grafx-poller" in f"{entry.get('_SYSTEMD_UNIT')} {entry.get('UNIT')}"]  # fmt: skip
 
     def says(self, pattern: str, *options: str) -> dict[str, Any]:
         def look() -> Any:
-            return next(
-                (entry for entry in self.journal(*options) if re.search(pattern, entry["MESSAGE"])), None
-            )
+            entries = self.journal(*options)
+            return next((entry for entry in entries if re.search(pattern, entry["MESSAGE"])), None)
 
         found: dict[str, Any] = eventually(look, f"the journal says {pattern!r}")
         return found
@@ -588,21 +629,25 @@ def service(booted: tuple[Machine, Sandbox]) -> Iterator[Service]:
     machine.run("systemctl", "reset-failed")
     for place in machine.path(STATE).iterdir() if machine.path(STATE).exists() else ():
         shutil.rmtree(place) if place.is_dir() else place.unlink()
-    kept = {place: machine.path(place).read_bytes() for place in (SETTINGS, SECRET)}
+    machine.run("cp", "-a", SETTINGS, SECRET, "/srv")
     yield Service(machine, grafx)
     grafx.clear_faults()
-    for place, content in kept.items():
-        if machine.path(CODE).exists():
-            machine.path(place).write_bytes(content)
-    if machine.path(DROP_IN).exists():
-        machine.path(DROP_IN).unlink()
-        machine.run("systemctl", "daemon-reload")
+    if machine.path(CODE).exists():
+        machine.run("cp", "-a", "/srv/.env", "/srv/server_secret", CODE)
+    shutil.rmtree(machine.path(DROP_IN).parent, ignore_errors=True)
+    machine.run("systemctl", "daemon-reload")
 
 
-def test_the_install_block_goes_with_any_umask_and_any_quotes(service: Service) -> None:
-    """It was pasted under umask 077, from files with mode 600, and from a .env with quotes and spaces."""
+def test_install_goes_with_any_umask_and_any_quotes(service: Service) -> None:
+    """It was run under umask 077, from a folder with mode 700, and with a .env with quotes and spaces."""
     machine = service.machine
-    assert re.search(r"^poller\.SettingsError: BASEURL is missing", machine.refused, re.MULTILINE)
+    assert machine.refused == [
+        "install: no .env yet: cp .env.example .env, and fill in its four lines\n",
+        "install: the user grafx-poller has the group users, which could read all orders:"
+        " give it a group grafx-poller (groupadd, usermod -g), or another name\n",
+        f"install: BASEURL is missing: put https://ENVIRONMENT.chili-publish.online into {CHECKOUT}/.env"
+        " or the environment\n",
+    ]
     assert machine.path(SECRET).read_text() == f"{HARD}\n"
     assert machine.mode(machine.path(SECRET)) == ("600", "root", "root")
     settings = machine.path(SETTINGS)
@@ -619,11 +664,16 @@ def test_the_install_block_goes_with_any_umask_and_any_quotes(service: Service) 
             assert not path.stat().st_mode & 0o022, path
 
 
-def test_the_units_are_well_formed(service: Service) -> None:
-    place = "/etc/systemd/system/grafx-poller.service"
-    assert service.machine.path(place).read_text() == UNIT
-    assert service.machine.run("systemd-analyze", "verify", place).stdout == ""
+def test_the_units_are_well_formed_and_rated_safe(service: Service) -> None:
+    places = [f"/etc/systemd/system/{unit}" for unit in UNITS]
+    texts = [(ROOT / ".systemd" / unit).read_text() for unit in UNITS]
+    assert [service.machine.path(place).read_text() for place in places] == texts
+    assert service.machine.run("systemd-analyze", "verify", *places).stdout == ""
     assert service.machine.show("UnitFileState") == "enabled"
+    assert len({re.findall(r"# First the poller[^[]*\w", text)[0] for text in texts[:3]}) == 1
+    for place in places[:3]:
+        rated = service.machine.run("systemd-analyze", "security", "--offline=yes", place).stdout
+        assert float(re.findall(r"Overall exposure level for \S+: (\S+)", rated)[0]) <= 2.0
 
 
 def test_a_day_of_the_service(service: Service) -> None:
@@ -631,11 +681,12 @@ def test_a_day_of_the_service(service: Service) -> None:
     done, expired, slow = grafx.add(), grafx.add("expired"), grafx.add(size=8_000_000)
     grafx.fault("download", "slow", task_id=slow, rate=200_000)
     service.start()
-    assert machine.show("ActiveState", "SubState", "WatchdogUSec") == ("active", "running", "1min")
+    shown = machine.show("ActiveState", "SubState", "WatchdogUSec", "TimeoutStopUSec")
+    assert shown == ("active", "running", "5min", "1min 30s")
     service.add(done)
     machine.db("add", expired, user="www-data")
-    python = f'.venv/bin/python -c \'import db; db.add_order("{slow}", "a-project")\''
-    machine.paste(python, user="www-data")
+    python = f'bin/python -c \'import db; db.add_order("{slow}", "a-project")\''
+    machine.paste(f"cd {CODE}/current; {python}", user="www-data")
     service.delivers(done)
     eventually(lambda: expired in service.state()["failed"], "a failed order")
 
@@ -649,7 +700,7 @@ def test_a_day_of_the_service(service: Service) -> None:
     assert machine.show("MemoryMax") == str(256 << 20)
 
     # Who is in its group reads files and orders, and adds some; nobody else does. The secret is root's.
-    eventually(lambda: any(path.name.startswith(".") for path in service.orders.iterdir()), "a download")
+    eventually(lambda: list(service.orders.glob(".*.part")), "a download")
     for path in (machine.path(STATE), *machine.path(STATE).rglob("*")):
         with suppress(FileNotFoundError):
             mode, _, group = machine.mode(path)
@@ -662,14 +713,17 @@ def test_a_day_of_the_service(service: Service) -> None:
         assert machine.run("test", "-s", place).returncode == 0
         assert not machine.may("www-data", "cat", place)
     assert not machine.may("grafx-poller", "cat", SECRET)
-    assert not machine.may("grafx-poller", "touch", f"{CODE}/poller.py")
+    assert not machine.may("grafx-poller", "touch", f"{CODE}/current/poller.py")
+    assert "run this with sudo" in machine.db("list", user="nobody", check=False)
+    apache = Path("/proc", process_outside(machine, machine.show("MainPID", unit="apache2")) or "", "status")
+    gid = machine.run("getent", "group", "grafx-poller").stdout.split(":")[2]
+    assert gid in re.findall(r"^Groups:(.*)", apache.read_text(), re.MULTILINE)[0].split()
 
     # What a person sees.
     eventually(lambda: re.search('Status: ".*1 downloading', machine.paste(STATUS)), "its status")
-    assert f"Docs: file:{CODE}/README.md" in machine.paste(STATUS)
+    assert f"Docs: file:{CODE}/current/README.md" in machine.paste(STATUS)
     assert expired in (listed := machine.paste(LIST))
     assert slow in listed
-    assert "ok    token" in machine.paste(INTO + CHECK, folder="/")
     assert service.says(f"{done} delivered")["PRIORITY"] == "6"
     assert service.says(f"{expired} failed")["PRIORITY"] == "3"
     assert re.findall(r" grafx-poller\[\d+\]: (\S+) failed", machine.paste(ERRORS))[-1] == expired
@@ -684,21 +738,16 @@ def test_a_day_of_the_service(service: Service) -> None:
     assert machine.show("ActiveState") == "inactive"
     assert service.says("^grafx-poller.service: Deactivated successfully")  # what it says of an exit with 0
     assert "stopped, 1 pending" in [entry["MESSAGE"] for entry in service.journal()]
-    # The next start removes what came of the other one.
-    assert {path.name for path in service.orders.iterdir()} - {f".{slow}.part"} == {f"{done}.png"}
+    left = {path.name for path in service.orders.iterdir()}  # the next start removes what came of the other
+    assert left - {f".{slow}.part"} == {f"{done}.png", ".poller.pid"}
     assert list(service.state()["orders"]) == [slow]
 
     # The secret is nowhere but in its file.
     machine.run("systemctl", "start", "grafx-poller")
     process = Path("/proc", eventually(lambda: process_outside(machine, service.pid())))
-    everything = (
-        machine.run("journalctl").stdout
-        + machine.run("systemctl", "show", "grafx-poller").stdout
-        + machine.run("systemctl", "cat", "grafx-poller").stdout
-        + (process / "environ").read_text()
-        + (process / "cmdline").read_text()
-        + machine.path(SETTINGS).read_text()
-    )
+    everything = machine.paste("journalctl; for verb in show cat; do systemctl $verb grafx-poller; done")
+    for file in (process / "environ", process / "cmdline", machine.path(SETTINGS)):
+        everything += file.read_text()
     assert done in everything
     assert not [word for word in (HARD, *grafx.tokens) if word in everything]
 
@@ -708,7 +757,7 @@ def process_outside(machine: Machine, pid: str) -> str | None:
     for path in Path("/proc").glob("[0-9]*/status"):
         with suppress(OSError):
             found = re.search(r"^NSpid:\t(\d+)\t(\d+)$", path.read_text(), re.MULTILINE)
-            if found and found[2] == pid and "poller.py" in (path.parent / "cmdline").read_text():
+            if found and found[2] == pid and machine.cgroup.name in (path.parent / "cgroup").read_text():
                 return found[1]
     return None
 
@@ -728,21 +777,21 @@ def test_who_is_in_the_group_may_make_the_first_order(service: Service) -> None:
 def test_whatever_ended_it_it_is_started_again_and_delivers_the_rest(service: Service) -> None:
     """systemd takes a SIGHUP for an end in peace."""
     service.machine.configure("RestartSec=0.1")
-    rest = service.grafx.add(size=4_000_000)
+    rest = service.grafx.add(size=2_000_000)
     service.grafx.fault("download", "slow", task_id=rest, rate=400_000)
     service.start()
     ended = ["0", service.pid()]
     service.machine.run("kill", "-HUP", ended[-1])
     eventually(lambda: service.pid() not in ended, "another process")
     service.add(rest)
-    eventually(lambda: any(path.name.startswith(".") for path in service.orders.iterdir()), "a download")
+    eventually(lambda: list(service.orders.glob(".*.part")), "a download")
     ended.append(service.pid())
     service.machine.run("kill", "-KILL", ended[-1])
     service.delivers(rest)
     assert service.pid() not in ended
     assert service.machine.show("ActiveState", "NRestarts") == ("active", "2")
     assert service.says("code=killed, status=9/KILL")
-    assert [path.name for path in service.orders.iterdir()] == [f"{rest}.png"]
+    assert {path.name for path in service.orders.iterdir()} == {f"{rest}.png", ".poller.pid"}
 
 
 def test_one_that_hangs_is_ended_by_the_watchdog_and_started_again(service: Service) -> None:
@@ -760,68 +809,135 @@ def test_one_that_hangs_is_ended_by_the_watchdog_and_started_again(service: Serv
 
     # Where it hung: a traceback of each thread, among the lines of that process.
     assert service.says("Fatal Python error: Aborted")["_PID"] == stopped
-    assert service.says(rf'File "{CODE}/poller.py", line \d+ in main')["_PID"] == stopped
-    assert {entry["SYSLOG_IDENTIFIER"] for entry in service.journal() if entry["_PID"] == stopped} == {
-        "grafx-poller"
-    }
+    assert service.says(rf'File "{CODE}/current/poller.py", line \d+ in main')["_PID"] == stopped
+    own = [entry for entry in service.journal() if entry["_PID"] == stopped]
+    assert {entry["SYSLOG_IDENTIFIER"] for entry in own} == {"grafx-poller"}
+
+
+def test_it_logs_again_after_journald_was_stopped(service: Service) -> None:
+    """A restart of journald keeps the stream; a stop ends it, and the poller cannot open it again."""
+    machine, first, second = service.machine, service.grafx.add(), service.grafx.add()
+    machine.configure("RestartSec=0.1")
+    service.start()
+    service.says(" pending, ")
+    old = service.pid()
+    machine.run("systemctl", "restart", "systemd-journald")
+    service.add(first)
+    assert service.says(f"{first} delivered")["_PID"] == old
+    for verb in ("stop", "start"):
+        machine.run("systemctl", verb, "systemd-journald")
+    eventually(lambda: machine.show("NRestarts") == "1", "a new process")
+    service.add(second)
+    assert service.says(f"{second} delivered")["_PID"] == service.pid() != old
+    assert service.machine.show("ActiveState", "NRestarts") == ("active", "1")
 
 
 @pytest.mark.parametrize(
-    ("wrong", "code", "says"),
+    ("command", "nano", "code", "says"),
     [
-        ("setting", "78", "POLL_INTERVAL is 'often'"),
-        ("secret", "78", "SERVER_ID"),
-        ("no settings", "78", "SERVER_ID is missing"),
-        ("no secret", "243", "Failed at step CREDENTIALS"),
-        ("no python", "203", "Failed at step EXEC .*: No such file or directory"),
+        (
+            SETTING,
+            "sed -i 's/^POLL_INTERVAL.*/POLL_INTERVAL=often/' \"$1\"",
+            "78",
+            "POLL_INTERVAL is 'often'",
+        ),
+        (SETTING, 'rm "$1"', "78", f"cannot read {SETTINGS}: No such file"),
+        (SETTING, f"mv {CODE}/current/bin/python /srv", "203", "Failed at step EXEC .*: No such file"),
+        (ROTATE, 'echo wrong-secret >"$1"', "78", "SERVER_ID"),
+        (ROTATE, 'rm "$1"', "243", "Failed at step CREDENTIALS"),
     ],
 )
 def test_what_a_restart_does_not_mend_is_said_once(
-    service: Service, wrong: str, code: str, says: str
+    service: Service, command: str, nano: str, code: str, says: str
 ) -> None:
+    """With a nano that types by itself."""
     machine = service.machine
     machine.configure("RestartSec=0.1")
-    python = machine.path(f"{CODE}/.venv/bin/python")
-    if wrong == "setting":  # the README's own way, with a nano that types by itself
-        machine.program("nano", "sed -i 's/^POLL_INTERVAL.*/POLL_INTERVAL=often/' \"$1\"")
-    elif wrong == "secret":
-        machine.path(SECRET).write_text("wrong-secret\n")
-    elif wrong == "no settings":
-        machine.path(SETTINGS).unlink()
-    elif wrong == "no secret":
-        machine.path(SECRET).unlink()
-    else:
-        python.rename(python.with_name("gone"))
+    machine.program("nano", nano)
     service.grafx.requests.clear()
-    try:
-        machine.paste(SETTING if wrong == "setting" else "systemctl start grafx-poller", check=False)
-        # A unit that is to be started again is "activating", never "failed".
-        eventually(lambda: machine.show("ActiveState") == "failed", "a failed unit")
-    finally:
-        if wrong == "no python":
-            python.with_name("gone").rename(python)
-    assert machine.show("Result", "ExecMainCode", "ExecMainStatus", "NRestarts") == (
-        "exit-code", str(os.CLD_EXITED), code, "0",
-    )  # fmt: skip
+    machine.paste(command, check=False)
+    # A unit that is to be started again is "activating", never "failed".
+    eventually(lambda: machine.show("ActiveState") == "failed", "a failed unit")
+    machine.run("sh", "-c", f"! [ -L /srv/python ] || mv /srv/python {CODE}/current/bin")
+    shown = machine.show("Result", "ExecMainCode", "ExecMainStatus", "NRestarts")
+    assert shown == ("exit-code", str(os.CLD_EXITED), code, "0")
     assert service.says(says, "-p", "err")
     assert len([entry for entry in service.journal() if re.search(says, entry["MESSAGE"])]) == 1
-    assert {request.what for request in service.grafx.requests} == ({"token"} if wrong == "secret" else set())
+    assert {request.what for request in service.grafx.requests} == ({"token"} if "echo" in nano else set())
     assert "wrong-secret" not in json.dumps(service.journal())
+
+
+def test_what_ends_again_and_again_is_failed_and_restarts_by_hand_are_not(service: Service) -> None:
+    """A library that is broken; its traceback has no level of its own."""
+    machine = service.machine
+    machine.configure("RestartSec=0.1\nType=exec")
+    service.start()
+    machine.paste(f"for number in $(seq 21); do {RESET}\ndone")
+    assert machine.show("ActiveState") == "active"
+    refused = machine.paste("for number in $(seq 20); do systemctl restart grafx-poller; done", check=False)
+    assert "start of the service was attempted too often" in refused
+    (library,) = machine.path(f"{CODE}/current").glob("lib/*/site-packages/requests/__init__.py")
+    whole = library.read_bytes()
+    library.write_bytes(b"raise ImportError('broken')\n")
+    try:
+        machine.paste(RESET)
+        eventually(lambda: machine.show("ActiveState") == "failed", "the end of its starts")
+        assert machine.show("NRestarts") == "20"
+        assert service.says("^ImportError: broken", "-p", "err")
+    finally:
+        library.write_bytes(whole)
+    machine.configure("RestartSec=0.1")
+    machine.paste(RESET)
+    assert machine.show("ActiveState", "SubState", "NRestarts") == ("active", "running", "0")
+
+
+def test_a_command_that_is_killed_for_memory_does_not_end_the_poller(service: Service) -> None:
+    machine, task = service.machine, service.grafx.add()
+    eat = "kill -KILL $$"
+    if "memory" in (machine.cgroup / "cgroup.controllers").read_text():
+        eat = "python3 -c 'all = []\nwhile True: all.append(b\"x\" * 2**20)'"
+    machine.program("eat", f'test -e "$1.again" || {{ touch "$1.again"; {eat}; }}')
+    service.set("ON_DONE=eat")
+    machine.configure("MemorySwapMax=0")
+    service.start()
+    pid = service.pid()
+    service.add(task)
+    assert service.says(f"^{task} ON_DONE .*{'signal 9' if 'kill' in eat else 'ended with 137'}")
+    service.delivers(task)
+    shown = machine.show("ActiveState", "MainPID", "NRestarts", "OOMPolicy")
+    assert shown == ("active", pid, "0", "continue")
+
+
+def test_a_disk_that_is_mounted_after_the_start(service: Service) -> None:
+    """Nothing is written to its empty mount point meanwhile."""
+    machine, task = service.machine, service.grafx.add()
+    machine.path("/srv/nas").mkdir()
+    machine.configure("ReadWritePaths=-/srv/nas/orders")
+    service.set("ORDERS_DIR=/srv/nas/orders")
+    machine.run("systemctl", "start", "--no-block", "grafx-poller")
+    service.says("^paused: cannot write to /srv/nas/orders")
+    service.add(task)
+    assert list(machine.path("/srv/nas").iterdir()) == []
+    machine.run("mount", "-t", "tmpfs", "tmpfs", "/srv/nas")
+    machine.run("install", "-d", "-o", "grafx-poller", "-g", "grafx-poller", "/srv/nas/orders")
+    service.says(f"^{task} delivered")
+    assert machine.show("NRestarts") == "0"
+    machine.run("systemctl", "stop", "grafx-poller")
+    machine.run("umount", "/srv/nas")
 
 
 def test_the_lines_that_on_done_needs(service: Service) -> None:
     """A folder of another program, a member of whose group reads what comes, and a socket of a third one."""
     machine, task, later = service.machine, service.grafx.add(), service.grafx.add()
     machine.run("useradd", "--system", "--user-group", "dam")
-    machine.run("install", "-d", "-o", "dam", "-g", "root", "-m", "755", "/srv/dam/inbox")
+    machine.run("install", "-d", "-o", "dam", "-g", "dam", "-m", "2775", "/srv/dam/inbox")
     connect = "python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect(\"/run/printer\")'"
-    compile_it = "python3 -c 'import mmap; mmap.mmap(-1, 4096, prot=7)'"
-    machine.program("hand-over", f'cp "$1" /srv/dam/inbox\n{connect}\n. /home/more')
-    machine.path("/home/more").write_text(f'{compile_it}\ntest "$(nice -n 5 nice)" = 5\n')
-    machine.program("type-it", f"cat >/tmp/lines <<'END'\n{ON_DONE_LINES}END\n"
+    machine.program("hand-over", f'cp "$1" /srv/dam/inbox\n{connect}')
+    machine.program("type-it", f"cat >/tmp/lines <<'END'\n{DROP_IN_LINES}END\n"
                     "sed -i '/^### Anything between here/r /tmp/lines' \"$1\"")  # fmt: skip
-    with machine.path(SETTINGS).open("a") as settings:
-        settings.write("ON_DONE=hand-over\n")
+    alert = machine.path("/etc/systemd/system/my-alert.service")
+    alert.write_text("[Service]\nExecStart=touch /tmp/alerted\n")
+    service.set("ON_DONE=hand-over")
     with socket.socket(socket.AF_UNIX) as printer:
         place = machine.path("/run/printer")
         printer.bind(str(place))
@@ -830,117 +946,163 @@ def test_the_lines_that_on_done_needs(service: Service) -> None:
         service.start()
         service.add(task)
         service.says(f"^{task} ON_DONE ended with 1: .*Read-only file system")
-        machine.configure(
-            "\n".join(re.findall(r"`((?:ProtectHome|Mem\w+Execute|SystemCallFilter)=\S+)`", SECTION))
-        )
-        machine.program("at-a-terminal", f'sudo() {{ env "$@"; }}\n{ON_DONE}')  # `systemctl edit` wants one
+        (command,) = re.findall("`(sudo systemctl edit grafx-poller)`", SECTION)
+        machine.program("at-a-terminal", f'sudo() {{ env "$@"; }}\n{command}')  # `systemctl edit` wants one
         machine.paste("SYSTEMD_EDITOR=type-it script -qec at-a-terminal /dev/null")
+        machine.run("systemctl", "restart", "grafx-poller")
         service.add(later)
         service.delivers(task, later)
         printer.settimeout(PATIENCE)
         printer.accept()[0].close()
-    machine.path("/etc/systemd/system/grafx-poller.service.d/override.conf").unlink()
-    machine.run("systemctl", "daemon-reload")
     folder = machine.path("/srv/dam/inbox")
     assert {path.name for path in folder.iterdir()} == {f"{task}.png", f"{later}.png"}
     for path in folder.iterdir():
         assert machine.mode(path) == ("660", "grafx-poller", "dam")
         assert machine.may("dam", "cat", f"/srv/dam/inbox/{path.name}")
         assert not machine.may("www-data", "cat", f"/srv/dam/inbox/{path.name}")
+    machine.path(SECRET).unlink()
+    machine.paste(RESET, check=False)
+    eventually(machine.path("/tmp/alerted").exists, "the alert")
+
+
+def test_backup_restore_and_what_is_old(service: Service) -> None:
+    machine, grafx = service.machine, service.grafx
+    old, new, kept = grafx.add(), grafx.add(), grafx.add(questions=10**6)
+    service.start()
+    service.add(kept, old, new)
+    service.delivers(old, new)
+    month_ago = time.time() - 31 * 86400
+    for name in (f"{old}.png", ".poller.pid"):
+        os.utime(service.orders / name, (month_ago, month_ago))
+    machine.paste(BACKUP)
+    machine.paste(CLEAN)
+    assert {path.name for path in service.orders.iterdir()} == {f"{new}.png", ".poller.pid"}
+    machine.run("sh", "-c", "mkdir /srv/backup && tar -xzf /root/grafx.tgz -C /srv/backup")
+    machine.path(f"{STATE}/database.json").unlink()
+    machine.paste(RESTORE, folder=f"/srv/backup{STATE}")
+    grafx._tasks[kept].questions = 0
+    service.delivers(kept)
+    for place in (SETTINGS, SECRET):
+        assert machine.path(f"/srv/backup{place}").read_bytes() == machine.path(place).read_bytes()
+    assert not list(machine.path(f"/srv/backup{CODE}").glob("venv-*"))
+    shutil.rmtree(machine.path("/srv/backup"))
 
 
 def test_the_timer_and_back(service: Service) -> None:
-    machine = service.machine
-    done, pending, later = service.grafx.add(), service.grafx.add("never"), service.grafx.add()
+    machine, once = service.machine, "grafx-poller-once.service"
+    done, expired, pending, later = map(service.grafx.add, ("png", "expired", "never", "png"))
     service.start()
     service.add(pending)
     machine.paste(TIMER)
-    service.add(done)
-    # A run that is under way may have read the file before; only where none is does the timer start another.
-    eventually(lambda: machine.show("ActiveState") == "inactive", "the end of the run before")
-    machine.run("systemctl", "restart", "grafx-poller.timer")  # a minute is long
+    service.once(done, expired)
     service.delivers(done)
-    eventually(lambda: machine.show("ActiveState") == "inactive", "its end")
-    assert machine.show("Type") == "oneshot"
-    assert service.says("^grafx-poller.service: Deactivated successfully")
+    service.says(f"^{once}: Deactivated successfully")
+    assert service.says(f"^{expired} failed")["PRIORITY"] == "3"  # and so it ended with 1
     assert list(service.state()["orders"]) == [pending]
-    assert service.says(f"{done} delivered")["PRIORITY"] == "6"
-    assert machine.show("UnitFileState") == "disabled"
-    assert machine.show("UnitFileState", unit="grafx-poller.timer") == "enabled"
-    active, following = machine.show("ActiveState", "NextElapseUSecMonotonic", unit="grafx-poller.timer")
-    assert active == "active"
-    assert following not in ("", "0", "infinity")
-    place = "/etc/systemd/system/grafx-poller.timer"
-    assert machine.run("systemd-analyze", "verify", place, check=False).stdout == ""
+    assert machine.show("ActiveState", "UnitFileState") == ("inactive", "disabled")
+    eventually(lambda: machine.show("ActiveState", unit=once) == "inactive", "its end")
+    names = "ActiveState", "UnitFileState", "NextElapseUSecMonotonic"
+    timer = machine.show(*names, unit="grafx-poller-once.timer")
+    assert timer[:2] == ("active", "enabled")
+    assert timer[2] not in ("", "0", "infinity")
 
+    # Back, while it runs.
+    go = service.hold()
+    service.once(later)
+    eventually((service.orders / f"{later}.png").exists, "a command that waits")
     machine.paste(BACK)
-    assert machine.show("Type", "ActiveState", "UnitFileState") == ("notify", "active", "enabled")
-    assert machine.show("LoadState", unit="grafx-poller.timer") == "not-found"
-    service.add(later)
+    assert machine.show("ActiveState", unit=once) == "activating"
+    assert machine.show("ActiveState") == "inactive"  # it waits
+    go.touch()
     service.delivers(later)
-    assert machine.show("ActiveState") == "active"
-    assert list(service.state()["orders"]) == [pending]
+    eventually(lambda: machine.show("ActiveState") == "active", "the daemon")
+    assert machine.show("NRestarts", "UnitFileState") == ("0", "enabled")
+    assert machine.show(*names[:2], unit="grafx-poller-once.timer") == ("inactive", "disabled")
+    go.unlink()
 
 
-def test_several_pollers(service: Service) -> None:
-    machine, task_id = service.machine, service.grafx.add()
-    state = "/var/lib/grafx-poller@two"
-    machine.paste(SEVERAL)
-    try:
-        (command,) = re.findall("`(sudo DATABASE=.*? )list`", SECTION)
-        machine.paste(f"{command}add {task_id}")
-        file = machine.path(f"{state}/orders/{task_id}.png")
-        eventually(file.exists, "the second poller's file")
-        assert file.read_bytes() == service.grafx.body(task_id)
-        assert machine.show("ActiveState", unit="grafx-poller@one") == "active"
-        assert not list(machine.path("/var/lib/grafx-poller@one/orders").iterdir())
-        assert machine.show("UnitFileState", unit="grafx-poller@one") == "enabled"
+def test_upgrades_and_a_second_environment(service: Service) -> None:
+    machine, checkout, two = service.machine, service.machine.path(CHECKOUT), "grafx-poller@two"
+    current, state = machine.path(f"{CODE}/current"), "/var/lib/grafx-poller@two"
+
+    def status() -> Any:
+        """What an upgrade may change."""
+        unit = machine.path("/etc/systemd/system/grafx-poller.service").read_text()
+        pids = service.pid(), machine.show("MainPID", unit=two)
+        return current.readlink(), unit, (current / "chili.py").read_text(), *pids
+
+    # Python went with an upgrade of the distribution. What installs another one mends the first one, too.
+    (current / "bin/python").unlink()
+    machine.run("systemctl", "start", "grafx-poller", check=False)
+    eventually(lambda: machine.show("ActiveState") == "failed", "a failed unit")
+    with Sandbox() as other:
+        missing = machine.paste(INSTALL_TWO, check=False)
+        assert missing.startswith("install: no .env.two yet: cp .env.example .env.two, and ")
+        (checkout / ".env.two").write_text(dot_env(other))
+        machine.paste(INSTALL_TWO)
+        pending, of_two = service.grafx.add(questions=10**6), other.add()
+        service.add(pending)
+        machine.db("add", of_two, like=LIST_TWO)
+        file = machine.path(f"{state}/orders/{of_two}.png")
+        eventually(file.exists, "the file of the other environment")
+        assert file.read_bytes() == other.body(of_two)
+        assert list(service.state()["orders"]) == [pending]
         assert machine.mode(machine.path(state)) == ("2770", "grafx-poller", "grafx-poller")
         assert machine.mode(file) == ("660", "grafx-poller", "grafx-poller")
-        verify = machine.run("systemd-analyze", "verify", "/etc/systemd/system/grafx-poller@.service")
-        assert verify.stdout == ""
-    finally:
-        machine.run("systemctl", "disable", "--now", "grafx-poller@one", "grafx-poller@two")
+        for unit in ("grafx-poller", two):
+            eventually(lambda unit=unit: machine.show("ActiveState", unit=unit) == "active", "the poller")
+            assert machine.show("UnitFileState", unit=unit) == "enabled"
+        assert machine.show("Description", unit=two) == "GraFx order poller two"
+        machine.run("systemctl", "start", "grafx-poller@too", check=False)  # mistyped
+        assert machine.show("ExecMainStatus", unit="grafx-poller@too") == "243"
 
+        # An upgrade that fails.
+        newer = "chili.py", ".systemd/grafx-poller.service"
+        for file, line in (*((name, "# newer") for name in newer), ("requirements.txt", "no==1")):
+            with (checkout / file).open("a") as append:
+                append.write(f"{line}\n")
+        before = status()
+        assert "no==1" in machine.paste(INSTALL, check=False)
+        assert status() == before
+        shutil.copy(ROOT / "requirements.txt", checkout)
 
-def test_the_install_block_pasted_again_upgrades_and_loses_nothing(service: Service) -> None:
-    machine, checkout = service.machine, service.machine.path(CHECKOUT)
-    pending = service.grafx.add(questions=10**6)
-    kept = {place: (machine.path(place).read_bytes(), machine.mode(machine.path(place)))
-            for place in (SETTINGS, SECRET)}  # fmt: skip
-    service.start()
-    service.add(pending)
-    old = service.pid()
-    unit = machine.path("/etc/systemd/system/grafx-poller.service")
-    unit.write_text(unit.read_text().replace("RestartSec=10", "RestartSec=11"))
-    (checkout / ".env").write_text(dot_env(service.grafx, SERVER_ID="another"))
-    with (checkout / "chili.py").open("a") as code:
-        code.write("# a newer one\n")
-    machine.paste(INSTALL, folder=CHECKOUT)
-    assert machine.show("ActiveState", "UnitFileState", "RestartUSec") == ("active", "enabled", "10s")
-    assert service.pid() not in (old, "0")
-    assert unit.read_text() == UNIT
-    assert machine.path(f"{CODE}/chili.py").read_text().endswith("# a newer one\n")
-    for place, before in kept.items():
-        assert (machine.path(place).read_bytes(), machine.mode(machine.path(place))) == before
-    service.grafx._tasks[pending].questions = 0
-    service.delivers(pending)
+        # One that does not. A pass goes on; what was stopped stays stopped; the old libraries are there.
+        go = service.hold()
+        settings = {place: machine.path(place).read_bytes() for place in (SETTINGS, SECRET)}
+        machine.paste(TIMER)
+        service.once(held := service.grafx.add())
+        eventually((service.orders / f"{held}.png").exists, "a command that waits")
+        a_pass = machine.show("MainPID", unit="grafx-poller-once")
+        machine.paste(INSTALL)
+        assert machine.show("MainPID", unit="grafx-poller-once") == a_pass
+        go.touch()
+        assert current.readlink() != before[0]
+        assert [text.endswith("# newer\n") for text in status()[1:3]] == [True, True]
+        assert {path.name for path in current.parent.glob("venv-*")} == {
+            str(before[0]),
+            str(current.readlink()),
+        }
+        assert machine.show("ActiveState") == "inactive"
+        eventually(lambda: machine.show("MainPID", unit=two) not in ("0", before[4]), "a restart")
+        assert {place: machine.path(place).read_bytes() for place in settings} == settings
+        assert machine.mode(machine.path(SECRET)) == ("600", "root", "root")
+        assert machine.mode(machine.path(SETTINGS)) == ("640", "root", "grafx-poller")
+        service.delivers(held)
 
 
 def test_nothing_is_left_where_it_was_removed(service: Service) -> None:
     """The last one: the machine has no poller any more."""
     machine = service.machine
     service.start()
-    machine.paste(TIMER + SEVERAL)
-    pid = machine.show("MainPID", unit="grafx-poller@one")
-    assert process_outside(machine, pid)
-    machine.paste(REMOVE, folder="/root")
-    listed = machine.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "*grafx*").stdout
-    assert [line for line in listed.splitlines() if "slice" not in line] == []
-    assert "grafx" not in machine.run("systemctl", "list-unit-files", "--no-legend").stdout
-    assert process_outside(machine, pid) is None
-    places = ("/etc", "/opt", "/run/credentials", "/usr", "/var/lib")
-    assert machine.run("find", *places, "-path", "/opt/python", "-prune", "-o", "-name", "*grafx-poller*",
-                       "-print").stdout == ""  # fmt: skip
-    for file in ("passwd", "group", "shadow", "gshadow"):
-        assert "grafx" not in machine.path(f"/etc/{file}").read_text()
+    pid = process_outside(machine, service.pid())
+    machine.run("systemctl", "start", "grafx-poller@broken", check=False)
+    assert machine.show("ActiveState", unit="grafx-poller@broken") in ("failed", "activating")
+    machine.run("rm", "/srv/.env", "/srv/server_secret")
+    before = machine.left()
+    machine.paste(REMOVE, check=False)  # nobody answers
+    assert machine.left() == before
+    machine.paste(f"echo y | {REMOVE}")
+    assert machine.left() == machine.before
+    assert machine.run("systemctl", "--failed", "--no-legend").stdout == ""
+    assert not Path(f"/proc/{pid}").exists()
+    assert "removed" in machine.paste(f"{REMOVE.partition('#')[0]} --yes")
