@@ -16,10 +16,12 @@ import argparse
 import asyncio
 import contextlib
 import json
+import operator
 import os
 import platform
 import pty
 import re
+import resource
 import select
 import shutil
 import signal
@@ -29,28 +31,28 @@ import sys
 import tempfile
 import threading
 import time
-import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any
 from urllib.request import urlopen
 
+import requests
 import trustme
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 TASKS = "/grafx/api/v1/environment/bench/output/tasks/"
+TOKEN = '{"access_token": "token", "token_type": "Bearer", "expires_in": 86400}'
 CORES = sorted(os.sched_getaffinity(0))
 SERVERS, MEASURED = CORES[0], CORES[-1]
 DELAY = 0.05  # seconds that the far server takes for each answer
 AT_ONCE = 8
 RATE, BURST = 20, 10  # requests a second where GraFx limits them, and how many may come at once
-ALIVE: set[int] = set()  # processes that are measured now
-CODE = ROOT  # whose poller.py and db.py are measured, see --code
+STARTED: list[subprocess.Popen[bytes]] = []
 SETTINGS = {"SERVER_ID": "id", "SERVER_SECRET": "secret", "ENVIRONMENT": "bench", "ON_DONE": ""}
 SETTINGS |= {"CONCURRENCY": str(AT_ONCE), "SERVER_SECRET_FILE": "", "HOME": "/nonexistent"}
 
@@ -85,13 +87,73 @@ QUICK = Size(
 )  # fmt: skip
 
 
-# --- A: the seed's loop ----------------------------------------------------------------------
+def progress(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def expect(true: object, what: str) -> None:
+    if not true:
+        raise SystemExit(f"this benchmark or the poller is broken: {what}")
+
+
+def until(true: Callable[[], Any], what: str, patience: float = 60.0) -> None:
+    """Wait until it is so."""
+    deadline = time.monotonic() + patience
+    while not true():
+        expect(time.monotonic() < deadline, what)
+        time.sleep(0.1)
+
+
+# --- the table -------------------------------------------------------------------------------
+
+UNITS = {"s": 1.0, "ms": 1e3, "MiB": 1.0, "%": 100.0, "": 1.0}
+MEETS = {"≥": operator.ge, "≤": operator.le, "<": operator.lt}
+
+
+def number(value: float, unit: str = "") -> str:
+    value *= UNITS[unit]
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def middle(values: Sequence[float], unit: str) -> str:
+    return f"{number(median(values), unit)} {unit}"
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(above, below, strict=True)]
+
+
+@dataclass
+class Table:
+    """A line for each figure: what is judged, one value for each run, and its bar, say "≤ 1.2"."""
+
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add(
+        self, what: str, own: str, beside: str, values: Sequence[float], unit: str = "", bar: str = "",
+        judged: Callable[[Sequence[float]], float] = median,
+    ) -> None:  # fmt: skip
+        low, mid, high = (number(value, unit) for value in (min(values), median(values), max(values)))
+        spread = f"{mid} ({low}-{high})" if len(values) > 1 else mid
+        met = ""
+        if bar:
+            sign, limit = bar.split()
+            met = "yes" if MEETS[sign](judged(values) * UNITS[unit], float(limit)) else "NO"
+        said = (f"{text} {unit}".rstrip() if text else "" for text in (spread, bar))
+        self.rows.append((what, own, beside, *said, met))
+
+    def text(self, about: Sequence[str]) -> str:
+        rows = [("figure", "poller", "beside it", "median (min-max)", "bar", "met"), *self.rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join((*about, "", lines[0], "-" * max(map(len, lines)), *lines[1:]))
+
+
+# --- what stands beside the poller -----------------------------------------------------------
 
 
 def seed(base_url: str, folder: Path, most: int) -> None:
-    """One turn of the seed's timed loop over the first `most` orders, as straight as Python has it."""
-    import requests
-
+    """A: one turn of the seed's timed loop over the first `most` orders, as straight as Python has it."""
     database = folder / "database.json"
     data = json.loads(database.read_text())
     form = {"grant_type": "client_credentials", "client_id": "id", "client_secret": "secret"}
@@ -118,24 +180,22 @@ def seed(base_url: str, folder: Path, most: int) -> None:
 
 def bare_loop(base_url: str, count: int, anew: bool) -> None:
     """Polls as short as requests has them: by one session, or `anew`; prints the CPU seconds of each."""
-    import requests
 
     def auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["Authorization"] = "Bearer token"
         return request
 
     session = requests.Session()
-    for number in range(count + 20):
-        if number == 20:  # the first ones load modules, and connect
+    for turn in range(count + 20):
+        if turn == 20:  # the first ones connect
             before = time.process_time()
-        url = f"{base_url}{TASKS}pending-{number}"
+        url = f"{base_url}{TASKS}pending-{turn}"
         if anew:  # as the seed does
             response = requests.get(url, headers={"Authorization": "Bearer token"}, timeout=60)
         else:
             response = session.get(url, auth=auth, stream=True, timeout=60)
             response.raw.drain_conn()  # so that the connection can be used again
-        if response.status_code != 204:
-            raise SystemExit(f"answered {response.status_code}")
+        expect(response.status_code == 204, f"answered {response.status_code}")
     print((time.process_time() - before) / count)
 
 
@@ -159,10 +219,7 @@ http {
         listen 127.0.0.1:PORT;
         listen 127.0.0.1:TLS ssl;
         root PLACE/files;
-        location = /oauth/token {
-            default_type application/json;
-            return 200 '{"access_token": "token", "token_type": "Bearer", "expires_in": 86400}';
-        }
+        location = /oauth/token { default_type application/json; return 200 'TOKEN'; }
         location ~ ^TASKSpending { return 204; }
         location ~ ^TASKSlost {
             default_type application/problem+json;
@@ -182,18 +239,24 @@ http {
 # `return` comes before the limit, so here it stands behind an internal redirect.
 LIMITED = """
     server {
-        listen 127.0.0.1:PORT;
+        listen 127.0.0.1:THERE;
         access_log PLACE/times-STATUS times;
         limit_req zone=STATUS burst=BURST nodelay; limit_req_status STATUS;
         root PLACE/files;
         location ~ ^TASKS(?<task>.+)$ { try_files /none @finished; }
         location @finished {
             default_type application/json;
-            return 200 '{"links": {"download": "http://127.0.0.1:PORT/files/$task"}}';
+            return 200 '{"links": {"download": "http://127.0.0.1:THERE/files/$task"}}';
         }
         location /files/small { try_files /small.png =404; }
     }
 """
+
+
+def filled(text: str, **words: object) -> str:
+    for word, value in words.items():
+        text = text.replace(word, str(value))
+    return text
 
 
 def free_port() -> int:
@@ -203,30 +266,24 @@ def free_port() -> int:
         return port
 
 
-class Server:
-    """A server process. `url` is what a poller's BASEURL is."""
+def serve(port: int, command: Sequence[str | Path]) -> str:
+    """Start a server; gives what a poller's BASEURL is."""
+    STARTED.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
 
-    def __init__(self, place: Path, port: int, command: Sequence[str | Path]) -> None:
-        self.place, self.url = place, f"http://127.0.0.1:{port}"
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + 20
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                return
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{command[0]} does not start")
-            time.sleep(0.02)
+    def answers() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return True
+        return False
 
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+    until(answers, f"{command[0]} does not start")
+    return f"http://127.0.0.1:{port}"
 
 
-class Nginx(Server):
+class Nginx:
     """Fixed answers, so that the server is not what is measured."""
 
-    def __init__(self, folder: Path, large: int) -> None:
-        place, port, tls = folder / "nginx", free_port(), free_port()
+    def __init__(self, place: Path, large: int) -> None:
+        self.place, port, tls = place, free_port(), free_port()
         (place / "files").mkdir(parents=True)
         authority = trustme.CA()
         authority.cert_pem.write_to_path(place / "ca.pem")
@@ -236,128 +293,96 @@ class Nginx(Server):
         write_png(place / "files/small.png", 100_000)
         write_png(place / "files/large.png", large * MIB)
         self.limited = {status: free_port() for status in (429, 503)}
-        limited = [
-            LIMITED.replace("PORT", str(there)).replace("STATUS", str(status))
-            for status, there in self.limited.items()
-        ]
-        text = NGINX.replace("LIMITED", "".join(limited))
+        limited = "".join(
+            filled(LIMITED, THERE=self.limited[status], STATUS=status) for status in self.limited
+        )
         words = {"PLACE": place, "PORT": port, "TLS": tls, "TASKS": TASKS, "RATE": RATE, "BURST": BURST}
-        for word, value in words.items():
-            text = text.replace(word, str(value))
-        (place / "nginx.conf").write_text(text)
+        (place / "nginx.conf").write_text(filled(NGINX, LIMITED=limited, TOKEN=TOKEN, **words))
         self.read: Counter[str] = Counter()  # bytes of its logs
-        super().__init__(place, port, [NGINX_PATH, "-p", place, "-c", place / "nginx.conf", "-e", "stderr"])
-
-    def times(self, what: str) -> list[float]:
-        """When the requests for `what` since the last call came in."""
-        return [moment for moment, _ in self.seen(what)]
+        self.url = serve(port, [NGINX_PATH, "-p", place, "-c", place / "nginx.conf", "-e", "stderr"])
 
     def seen(self, what: str, name: str = "times") -> list[tuple[float, int]]:
-        """The same with what was answered, from this log."""
+        """The requests for `what` since the last call: when each came in, and what it was answered."""
         with (self.place / name).open("rb") as log:
             log.seek(self.read[name])
             whole, _, _ = log.read().rpartition(b"\n")
             self.read[name] += len(whole)
         lines = [line.split() for line in whole.decode().splitlines() if line]
         return [
-            (float(end) - float(took), int(status))
-            for end, took, status, uri in lines if uri.startswith(what)
-        ]  # fmt: skip
+            (float(end) - float(took), int(code)) for end, took, code, uri in lines if uri.startswith(what)
+        ]
 
     def first(self, what: str, count: int) -> float:
         """When the first request for `what` since the last call came in; there must be `count` of them."""
-        times = self.times(what)
-        if len(times) != count:
-            raise SystemExit(f"{len(times)} requests for {what}, where there should be {count}")
-        return min(times)
+        seen = self.seen(what)
+        expect(len(seen) == count, f"{len(seen)} requests for {what}, where there should be {count}")
+        return min(seen)[0]
 
 
 def write_png(path: Path, size: int) -> None:
-    """A PNG of one grey pixel and a private chunk that fills it up to `size` bytes."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
-
-    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes((0, 0, 0, 1, 0, 0, 0, 1, 8, 0, 0, 0, 0)))
-    tail = chunk(b"IDAT", zlib.compress(b"\0\x80")) + chunk(b"IEND", b"")
-    left = size - len(head) - len(tail) - 12
+    """What begins and ends as a PNG does."""
+    noise = os.urandom(MIB)
     with path.open("wb") as file:
-        file.write(head + left.to_bytes(4, "big") + b"paDd")
-        crc, noise = zlib.crc32(b"paDd"), os.urandom(MIB)
-        while left:
-            piece = noise[:left]
-            crc, left = zlib.crc32(piece, crc), left - len(piece)
-            file.write(piece)
-        file.write(crc.to_bytes(4, "big") + tail)
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for left in range(size - 20, 0, -MIB):
+            file.write(noise[:left])
+        file.write(b"\0\0\0\0IEND\xaeB\x60\x82")
 
 
-class Far(asyncio.Protocol):
+@dataclass
+class Far:
     """A server that takes its time, but not for tasks `old-…`.
 
     A task `ready-MS-…` or `soon-MS-…` is finished from that moment of 1970 on, where MS is not 0; the
     first kind is answered at once.
     """
 
+    port: int
+    file: bytes
     first = polled = 0.0  # when the first request and the first poll since the last report came in
-    polls: ClassVar[Counter[str]] = Counter()
-    url = ""
-    file = b""
+    polls: Counter[str] = field(default_factory=Counter)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport, self.got = transport, b""
+    def answer(self, path: str) -> tuple[float, bytes, str]:
+        """For how long to wait; the body, and its type."""
+        task_id, kind = path.rpartition("/")[2], "application/json"
+        if path == "/oauth/token":
+            return 0.0, TOKEN.encode(), kind
+        if path == "/report":
+            seen = json.dumps({"first": self.first, "polled": self.polled, "polls": self.polls})
+            self.first = self.polled = 0.0
+            self.polls.clear()
+            return 0.0, seen.encode(), kind
+        if not path.startswith(TASKS):
+            return 0.0, self.file, "image/png"
+        self.polled = self.polled or time.time()
+        self.polls[task_id] += 1
+        moment = int(task_id.split("-")[1]) if task_id.startswith(("ready-", "soon-")) else 0
+        finished = 0 < moment <= time.time() * 1000
+        link = {"links": {"download": f"http://127.0.0.1:{self.port}/files/{task_id}"}}
+        delay = 0.0 if task_id.startswith(("ready-", "old-")) else DELAY
+        return delay, json.dumps(link).encode() if finished else b"", kind
 
-    def data_received(self, data: bytes) -> None:
-        Far.first = Far.first or time.time()
-        self.got += data
-        head, end, body = self.got.partition(b"\r\n\r\n")
-        length = re.search(rb"(?i)content-length: *(\d+)", head)
-        if not end or len(body) < int(length[1] if length else 0):
-            return
-        self.got = b""
-        path = head.split(b" ", 2)[1].decode()
-        answer, delay, kind = b"", DELAY, "application/json"
-        if path.startswith(TASKS):
-            task_id = path.rpartition("/")[2]
-            Far.polled = Far.polled or time.time()
-            Far.polls[task_id] += 1
-            delay = 0.0 if task_id.startswith(("ready-", "old-")) else DELAY
-            moment = int(task_id.split("-")[1]) if task_id.startswith(("ready-", "soon-")) else 0
-            if 0 < moment <= time.time() * 1000:
-                answer = json.dumps({"links": {"download": f"{Far.url}/files/{task_id}"}}).encode()
-        elif path == "/report":
-            seen = {"first": Far.first, "polled": Far.polled, "polls": Far.polls}
-            answer, delay = json.dumps(seen).encode(), 0.0
-            Far.first = Far.polled = 0.0
-            Far.polls.clear()
-        elif path == "/oauth/token":
-            answer, delay = b'{"access_token": "token", "expires_in": 86400}', 0.0
-        else:
-            answer, delay, kind = Far.file, 0.0, "image/png"
-        status = (
-            f"200 OK\r\nContent-Type: {kind}\r\nContent-Length: {len(answer)}" if answer else "204 No Content"
-        )
-        whole = f"HTTP/1.1 {status}\r\n\r\n".encode() + answer
-        asyncio.get_running_loop().call_later(delay, self.transport.write, whole)
+    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                self.first = self.first or time.time()
+                if length := re.search(rb"(?i)content-length: *(\d+)", head):
+                    await reader.readexactly(int(length[1]))
+                delay, body, kind = self.answer(head.split(b" ", 2)[1].decode())
+                status = f"200 OK\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}"
+                await asyncio.sleep(delay)
+                writer.write(f"HTTP/1.1 {status if body else '204 No Content'}\r\n\r\n".encode() + body)
+        writer.close()
 
-    @staticmethod
-    async def serve(port: int) -> None:
-        Far.url = f"http://127.0.0.1:{port}"
-        with tempfile.NamedTemporaryFile() as file:
-            write_png(Path(file.name), 1000)
-            Far.file = Path(file.name).read_bytes()
-        server = await asyncio.get_running_loop().create_server(Far, "127.0.0.1", port)
+    async def serve(self) -> None:
+        server = await asyncio.start_server(self.converse, "127.0.0.1", self.port)
         await server.serve_forever()
 
 
-def far_server(folder: Path) -> Server:
-    port = free_port()
-    return Server(folder, port, [sys.executable, __file__, "--serve", str(port)])
-
-
-def report(server: Server) -> dict[str, Any]:
+def report(far: str) -> dict[str, Any]:
     """What the far server saw since the last time."""
-    with urlopen(f"{server.url}/report", timeout=30) as response:
+    with urlopen(f"{far}/report", timeout=30) as response:
         seen: dict[str, Any] = json.load(response)
     return seen
 
@@ -369,36 +394,39 @@ def report(server: Server) -> dict[str, Any]:
 class Run:
     """A contender's process. Times are seconds since 1970."""
 
-    pid: int
+    process: subprocess.Popen[bytes]
     start: float
     log: Path
     end: float = 0.0
-    cpu: float = 0.0  # seconds, user and system
+    used: float = 0.0  # seconds of CPU
     peak: float = 0.0  # MiB
     stood: list[float] = field(default_factory=list)  # seconds that the live line stood still, see `watch`
 
     def note_peak(self) -> None:
         """From its own high-water mark: `ru_maxrss` has that of the process that started it, too."""
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
         self.peak = int(found[1]) / 1024 if found else self.peak  # a process that ends has none
 
+    def cpu(self) -> float:
+        """Seconds of CPU up to now: its clock, as clock_getcpuclockid(3) makes it."""
+        return time.clock_gettime((~self.process.pid << 3) | 2)
+
     def wait(self) -> Run:
-        ended = os.pidfd_open(self.pid)
+        ended = os.pidfd_open(self.process.pid)
         while not select.select([ended], [], [], 0.02)[0]:
             self.note_peak()
         os.close(ended)
-        _, status, used = os.wait4(self.pid, 0)
-        ALIVE.discard(self.pid)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        code = self.process.wait()
         self.end = time.time()
-        self.cpu = used.ru_utime + used.ru_stime
-        if status:
-            text = self.log.read_text(errors="replace")[-2000:]
-            raise SystemExit(f"ended with {os.waitstatus_to_exitcode(status)}:\n{text}")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self.used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        expect(code == 0, f"ended with {code}:\n{self.log.read_text(errors='replace')[-2000:]}")
         return self
 
     def stop(self) -> Run:
         self.note_peak()
-        os.kill(self.pid, signal.SIGTERM)
+        self.process.terminate()
         return self.wait()
 
 
@@ -419,9 +447,8 @@ def start(
             stdin=subprocess.DEVNULL, stdout=file, stderr=file,
         )  # fmt: skip
         os.sched_setaffinity(0, {SERVERS})
-    process.returncode = 0  # `Run.wait` looks after it
-    ALIVE.add(process.pid)
-    run = Run(process.pid, began, log)
+    STARTED.append(process)
+    run = Run(process, began, log)
     if terminal:
         threading.Thread(target=watch, args=(run, reader), daemon=True).start()
     return run
@@ -449,121 +476,38 @@ def watch(run: Run, terminal: Any) -> None:
 
 
 @contextlib.contextmanager
-def home(parent: Path, task_ids: Sequence[str] = (), added: str = "2026-01-01T00:00:00Z") -> Iterator[Path]:
-    """A folder with a database.json of these orders and an orders folder, gone afterwards."""
+def home(parent: Path, task_ids: Sequence[str] = ()) -> Iterator[Path]:
+    """A folder with a database.json of these orders, a day old, and an orders folder, gone afterwards."""
     with tempfile.TemporaryDirectory(dir=parent) as name:
         folder = Path(name)
         (folder / "orders").mkdir()
         (folder / "adds").mkdir()
-        orders = {task_id: {"projectID": "project", "added": added} for task_id in task_ids}
-        (folder / "database.json").write_text(json.dumps({"orders": orders, "failed": {}}, indent=4))
+        added = datetime.now(timezone.utc) - timedelta(days=1)  # after 7 days GraFx forgets a task
+        fields = {"projectID": "project", "added": added.isoformat()}
+        data = {"orders": dict.fromkeys(task_ids, fields), "failed": {}}
+        (folder / "database.json").write_text(json.dumps(data, indent=4))
         os.sync()  # what an earlier run left to be written is not this one's
         yield folder
     os.sync()
 
 
-def poller(server: Server, folder: Path, *arguments: str, terminal: bool = False, **more: str) -> Run:
-    env = {
-        **SETTINGS, "BASEURL": server.url, "TOKEN_URL": f"{server.url}/oauth/token",
-        "DATABASE": str(folder / "database.json"), "ORDERS_DIR": str(folder / "orders"), **more,
-    }  # fmt: skip
-    return start([sys.executable, CODE / "poller.py", *arguments], folder, env, terminal)
-
-
-def seed_loop(server: Server, folder: Path, most: int) -> Run:
-    return start([sys.executable, __file__, "--seed", server.url, folder, str(most)], folder)
-
-
-def curl(folder: Path, urls: Sequence[str]) -> Run:
-    """B. Files go to orders/, empty answers to nowhere; the token goes along."""
-    lines = ['header = "Authorization: Bearer token"']
-    for url in urls:
-        place = "/dev/null" if TASKS in url else f"orders/{url.rpartition('/')[2]}.png"
-        lines += [f'url = "{url}"', f'output = "{place}"']
-    (folder / "curlrc").write_text("\n".join(lines))
-    command = ["curl", "-q", "-sS", "--fail", "--parallel", "--parallel-max", str(AT_ONCE), "-K", "curlrc"]
-    return start(command, folder)
-
-
-def pending(folder: Path) -> int:
-    return len(json.loads((folder / "database.json").read_text())["orders"])
+def own(what: str, *arguments: object) -> list[str]:
+    """The command of this program that does one of HELPERS."""
+    return [sys.executable, __file__, "--helper", what, *map(str, arguments)]
 
 
 def names(kind: str, count: int) -> list[str]:
-    return [f"{kind}-4f82-4e87-8cd3-{number:012d}" for number in range(count)]
+    return [f"{kind}-4f82-4e87-8cd3-{place:012d}" for place in range(count)]
 
 
-def expect(true: bool, what: str) -> None:
-    if not true:
-        raise SystemExit(f"this benchmark or the poller is broken: {what}")
+def pending(folder: Path, rejected: int = 0) -> int:
+    data = json.loads((folder / "database.json").read_text())
+    expect(len(data.get("failing", {})) == rejected, "an order is rejected")
+    return len(data["orders"])
 
 
-def until(true: Callable[[], Any], what: str) -> None:
-    """Wait until it is so."""
-    deadline = time.monotonic() + 60
-    while not true():
-        expect(time.monotonic() < deadline, what)
-        time.sleep(0.1)
-
-
-# --- the table -------------------------------------------------------------------------------
-
-UNITS = {"s": 1.0, "ms": 1e3, "MiB": 1.0, "%": 100.0, "": 1.0}
-
-
-def number(value: float, unit: str = "") -> str:
-    value *= UNITS[unit]
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
-
-
-def spread(values: Sequence[float], unit: str = "") -> str:
-    low, middle, high = (number(value, unit) for value in (min(values), median(values), max(values)))
-    return f"{middle} ({low}-{high})" if len(values) > 1 else middle
-
-
-def middle(values: Sequence[float], unit: str) -> str:
-    return f"{number(median(values), unit)} {unit}"
-
-
-@dataclass
-class Table:
-    """A line for each figure: what is judged, one value for each run, and its bar."""
-
-    rows: list[tuple[str, ...]] = field(default_factory=list)
-
-    def add(
-        self,
-        what: str,
-        own: str,
-        beside: str,
-        values: Sequence[float],
-        unit: str = "",
-        *,
-        least: float | None = None,
-        most: float | None = None,
-        below: float | None = None,
-        judged: Callable[[Sequence[float]], float] = median,
-    ) -> None:
-        value, bar, met = judged(values), "", ""
-        for limit, sign, good in (
-            (least, "≥", least is not None and value >= least),
-            (most, "≤", most is not None and value <= most),
-            (below, "<", below is not None and value < below),
-        ):
-            if limit is not None:
-                bar = f"{sign} {limit * UNITS[unit]:g} {unit}".rstrip()
-                met = "yes" if good else "NO"
-        self.rows.append((what, own, beside, f"{spread(values, unit)} {unit}".rstrip(), bar, met))
-
-    def text(self, about: Sequence[str]) -> str:
-        rows = [("figure", "poller", "beside it", "median (min-max)", "bar", "met"), *self.rows]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join((*about, "", lines[0], "-" * max(map(len, lines)), *lines[1:]))
-
-
-def progress(what: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+def files(folder: Path) -> list[os.stat_result]:
+    return [path.stat() for path in (folder / "orders").glob("*.png")]
 
 
 # --- the parts -------------------------------------------------------------------------------
@@ -573,409 +517,366 @@ def progress(what: str) -> None:
 class Bench:
     folder: Path
     size: Size
+    code: Path  # whose poller.py and db.py are measured
     nginx: Nginx
-    far: Server
+    far: str
     table: Table = field(default_factory=Table)
+
+    def turns(self, what: str, count: int = 0) -> Iterator[int]:
+        for turn in range(count or self.size.runs):
+            progress(f"{what}, {turn + 1} of {count or self.size.runs}")
+            yield turn
+
+    def poller(self, url: str, folder: Path, *arguments: str, terminal: bool = False, **more: str) -> Run:
+        env = {
+            **SETTINGS, "BASEURL": url, "TOKEN_URL": f"{url}/oauth/token",
+            "DATABASE": str(folder / "database.json"), "ORDERS_DIR": str(folder / "orders"), **more,
+        }  # fmt: skip
+        return start([sys.executable, self.code / "poller.py", *arguments], folder, env, terminal)
+
+    def add_order(self, folder: Path, task_id: str) -> float:
+        """Seconds that `db.py add` takes."""
+        env = {"DATABASE": str(folder / "database.json"), "HOME": "/nonexistent"}
+        run = start([sys.executable, self.code / "db.py", "add", task_id], folder / "adds", env).wait()
+        return run.end - run.start
+
+    def compete(self, who: str, folder: Path, tasks: Sequence[str], most: int, where: str = TASKS) -> Run:
+        """A over the first `most`, the poller over all, or B: curl, whose files go to orders/."""
+        if who == "A":
+            return start(own("seed", self.nginx.url, folder, most), folder).wait()
+        if who == "poller":
+            return self.poller(self.nginx.url, folder, "--once").wait()
+        lines = ['header = "Authorization: Bearer token"']
+        for task_id in tasks:
+            place = "/dev/null" if where == TASKS else f"orders/{task_id}.png"
+            lines += [f'url = "{self.nginx.url}{where}{task_id}"', f'output = "{place}"']
+        (folder / "curlrc").write_text("\n".join(lines))
+        command = [
+            "curl",
+            "-q",
+            "-sS",
+            "--fail",
+            "--parallel",
+            "--parallel-max",
+            str(AT_ONCE),
+            "-K",
+            "curlrc",
+        ]
+        return start(command, folder).wait()
+
+    def start(self) -> None:
+        """From the exec to the first byte at the server."""
+        took = defaultdict(list)
+        for _ in self.turns("start", 2 * self.size.runs):
+            for who in ("A", "poller"):
+                with home(self.folder) as folder:
+                    report(self.far)
+                    if who == "A":
+                        run = start(own("seed", self.far, folder, 0), folder).wait()
+                    else:
+                        run = self.poller(self.far, folder, "--once").wait()
+                    took[who].append(report(self.far)["first"] - run.start)
+        beside = f"A {middle(took['A'], 'ms')}"
+        mine = took["poller"]
+        self.table.add("start to the first request", middle(mine, "ms"), beside, mine, "ms", "< 300")
 
     def sweep(self) -> None:
         """Pending orders: each is polled once, and all are still there."""
-        size = self.size
-        took: dict[tuple[str, int], list[float]] = {}
-        cpu: dict[tuple[str, int], list[float]] = {}
-
-        def note(who: str, run: Run, count: int, of: int) -> None:
-            run.wait()
-            seconds = run.end - self.nginx.first(TASKS, count)
-            took.setdefault((who, of), []).append(seconds * of / count)
-            cpu.setdefault((who, of), []).append(run.cpu / count)
-
-        for turn in range(size.runs):
-            for count, part in zip(size.sweeps, size.part, strict=True):
-                progress(f"sweep of {count}, {turn + 1} of {size.runs}")
+        took, cpu, sweeps = defaultdict(list), defaultdict(list), self.size.sweeps
+        for _ in self.turns("sweeps"):
+            for count, part in zip(sweeps, self.size.part, strict=True):
                 tasks = names("pending", count)
-                with home(self.folder, tasks) as folder:
-                    note("A", seed_loop(self.nginx, folder, part), part, count)
-                with home(self.folder, tasks) as folder:
-                    note("", poller(self.nginx, folder, "--once"), count, count)
-                    expect(pending(folder) == count, "a pending order is gone")
-                with home(self.folder) as folder:
-                    note("B", curl(folder, [self.nginx.url + TASKS + task for task in tasks]), count, count)
-        small, *_, large = size.sweeps
-        for count, part in zip(size.sweeps, size.part, strict=True):
-            own, ours = took["", count], middle(took["", count], "s")
-            what, ratio = f"sweep of {count:,} pending orders", ratios(took["A", count], own)
-            beside = f"A {middle(took['A', count], 's')}{'' if part == count else f', from {part}'}"
-            self.table.add(what, ours, beside, ratio, least=8 if count == small else None)
-            self.table.add("", "", f"B {middle(took['B', count], 's')}", ratios(own, took["B", count]))
-        each = {count: [seconds / count for seconds in took["", count]] for count in size.sweeps}
-        self.table.add(
-            f"  time per order beside {small:,}'s", middle(each[large], "ms"), middle(each[small], "ms"),
-            ratios(each[large], each[small]), most=1.2,
-        )  # fmt: skip
-        self.table.add(
-            "  CPU per poll, with start and log", middle(cpu["", large], "ms"),
-            f"A {middle(cpu['A', small], 'ms')}, B {middle(cpu['B', large], 'ms')}", cpu["", large], "ms",
-        )  # fmt: skip
+                for who, polls in (("A", part), ("poller", count), ("B", count)):
+                    with home(self.folder, tasks) as folder:
+                        run = self.compete(who, folder, tasks, part)
+                        expect(pending(folder) == count, "a pending order is gone")
+                    seconds = run.end - self.nginx.first(TASKS, polls)
+                    took[who, count].append(seconds * count / polls)
+                    cpu[who, count].append(run.used / polls)
+        for count, part in zip(sweeps, self.size.part, strict=True):
+            a, mine, b = (took[who, count] for who in ("A", "poller", "B"))
+            beside, bar = f"A {middle(a, 's')}, from {part}", "≥ 8" * (count == sweeps[0])
+            what = f"sweep of {count:,} pending orders"
+            self.table.add(what, middle(mine, "s"), beside, ratios(a, mine), bar=bar)
+            self.table.add("", "", f"B {middle(b, 's')}", ratios(mine, b))
+        small, large = sweeps[0], sweeps[-1]
+        each = {count: [seconds / count for seconds in took["poller", count]] for count in sweeps}
+        what, beside = f"  time per order beside {small:,}'s", middle(each[small], "ms")
+        self.table.add(what, middle(each[large], "ms"), beside, ratios(each[large], each[small]), bar="≤ 1.2")
+        mine = cpu["poller", large]
+        beside = f"A {middle(cpu['A', small], 'ms')}, B {middle(cpu['B', large], 'ms')}"
+        self.table.add("  CPU per poll, with start and log", middle(mine, "ms"), beside, mine, "ms")
 
     def polls(self) -> None:
         """CPU of a daemon that has more pending orders than it can poll, in turns with bare loops."""
-        count, own = self.size.polls, list[float]()
-        loops: dict[str, list[float]] = {"session": [], "anew": []}
+        count, mine, loops = self.size.polls, list[float](), defaultdict[str, list[float]](list)
         with home(self.folder, names("pending", count)) as folder, home(self.folder) as bare:
-            daemon = poller(self.nginx, folder, POLL_INTERVAL="0.1")
-            for turn in range(self.size.runs + 1):
-                progress(f"{count} polls, {turn} of {self.size.runs}")
-                polled, before = 0, cpu_of(daemon.pid)
+            daemon = self.poller(self.nginx.url, folder, POLL_INTERVAL="0.1")
+            for turn in self.turns(f"{count} polls", self.size.runs + 1):
+                polled, before = 0, daemon.cpu()
                 while polled < count:
                     time.sleep(0.2)
-                    polled += len(self.nginx.times(TASKS))
-                own.append((cpu_of(daemon.pid) - before) / polled)
-                if turn:
-                    os.kill(daemon.pid, signal.SIGSTOP)
-                    for how, spells in loops.items():
-                        command = [sys.executable, __file__, "--loop", self.nginx.url, str(count), how]
-                        spells.append(float(start(command, bare).wait().log.read_text()))
-                    self.nginx.times(TASKS)
-                    os.kill(daemon.pid, signal.SIGCONT)
+                    polled += len(self.nginx.seen(TASKS))
+                if turn == 0:  # it has the start and a log line for each order
+                    continue
+                mine.append((daemon.cpu() - before) / polled)
+                daemon.process.send_signal(signal.SIGSTOP)
+                for how in ("session", "anew"):
+                    run = start(own("loop", self.nginx.url, count, how), bare).wait()
+                    loops[how].append(float(run.log.read_text()))
+                self.nginx.seen(TASKS)
+                daemon.process.send_signal(signal.SIGCONT)
             daemon.stop()
-            while self.nginx.times(TASKS):  # what was on its way is logged a little later
+            while self.nginx.seen(TASKS):  # what was on its way is logged a little later
                 time.sleep(0.5)
-        del own[0]  # it has the start and a log line for each order
-        self.table.add(
-            "CPU per poll", middle(own, "ms"), f"Session.get {middle(loops['session'], 'ms')}",
-            ratios(own, loops["session"]), most=1.4,
-        )  # fmt: skip
-        self.table.add(
-            "", "", f"requests.get {middle(loops['anew'], 'ms')}", ratios(own, loops["anew"]), below=0.7
-        )
+        session, anew = loops["session"], loops["anew"]
+        beside = f"Session.get {middle(session, 'ms')}"
+        self.table.add("CPU per poll", middle(mine, "ms"), beside, ratios(mine, session), bar="≤ 1.4")
+        self.table.add("", "", f"requests.get {middle(anew, 'ms')}", ratios(mine, anew), bar="< 0.7")
 
     def tls(self) -> None:
         """Polls over TLS, of which one in ten gets a 404, beside those that all get a 204."""
-        count = self.size.tls
-        tasks = {"204": names("pending", count), "404": names("pending", count - count // 10)}
-        for place, task_id in enumerate(names("lost", count // 10)):
-            tasks["404"].insert(place * 10, task_id)
-        cpu: dict[str, list[float]] = {"204": [], "404": []}
-        for turn in range(self.size.runs):
-            progress(f"{count} polls over TLS, {turn + 1} of {self.size.runs}")
-            for what, each in cpu.items():
-                with home(self.folder, tasks[what]) as folder:
-                    run = poller(self.nginx, folder, "--once", terminal=False, **self.nginx.tls).wait()
+        count, lost = self.size.tls, self.size.tls // 10
+        tasks = {0: names("pending", count), lost: names("pending", count - lost)}
+        for place, task_id in enumerate(names("lost", lost)):
+            tasks[lost].insert(place * 10, task_id)
+        cpu = defaultdict(list)
+        for _ in self.turns(f"{count} polls over TLS"):
+            for number_lost, task_ids in tasks.items():
+                with home(self.folder, task_ids) as folder:
+                    run = self.poller(self.nginx.url, folder, "--once", **self.nginx.tls).wait()
                     answers = Counter(status for _, status in self.nginx.seen(TASKS))
-                    expect(answers[404] == (what == "404") * (count // 10), "a 404 is missing")
-                    expect(answers.total() == count == pending(folder), "a poll or an order is missing")
-                    each.append(run.cpu / count)
-        self.table.add(
-            "CPU per poll over TLS, 1 in 10 a 404", middle(cpu["404"], "ms"),
-            f"all get a 204 {middle(cpu['204'], 'ms')}", ratios(cpu["404"], cpu["204"]), most=1.5,
-        )  # fmt: skip
+                    expect(answers[404] == number_lost, "a 404 is missing")
+                    expect(answers.total() == count, "a poll is missing")
+                    expect(pending(folder, number_lost) == count, "an order is missing")
+                    cpu[number_lost].append(run.used / count)
+        what, beside = "CPU per poll over TLS, 1 in 10 a 404", f"all get a 204 {middle(cpu[0], 'ms')}"
+        self.table.add(what, middle(cpu[lost], "ms"), beside, ratios(cpu[lost], cpu[0]), bar="≤ 1.5")
 
     def delay(self) -> None:
         """Pending orders at a server that is not near."""
         count, took = self.size.far, []
-        for turn in range(self.size.runs):
-            progress(f"{DELAY * 1000:.0f} ms to the server, {turn + 1} of {self.size.runs}")
+        for _ in self.turns(f"{DELAY * 1000:.0f} ms to the server"):
             with home(self.folder, names("pending", count)) as folder:
                 report(self.far)
-                run = poller(self.far, folder, "--once").wait()
+                run = self.poller(self.far, folder, "--once").wait()
                 seen = report(self.far)
                 expect(sum(seen["polls"].values()) == count, "a poll is missing")
                 took.append(run.end - seen["polled"])
         ideal = count * DELAY / AT_ONCE
-        self.table.add(
-            f"{count:,} pending, {DELAY * 1000:.0f} ms away", middle(took, "s"),
-            f"{count} x {DELAY * 1000:.0f} ms / {AT_ONCE} = {ideal:.2f} s",
-            [seconds / ideal for seconds in took], most=1.15,
-        )  # fmt: skip
+        what = f"{count:,} pending, {DELAY * 1000:.0f} ms away"
+        beside = f"{count} x {DELAY * 1000:.0f} ms / {AT_ONCE} = {ideal:.2f} s"
+        self.table.add(what, middle(took, "s"), beside, [seconds / ideal for seconds in took], bar="≤ 1.15")
 
     def deliver(self) -> None:
         """Finished orders: poll, download, and ours durable."""
-        count = self.size.files
-        tasks = names("small", count)
-        took: dict[str, list[float]] = {"A": [], "": [], "B": []}
-
-        def note(who: str, run: Run, folder: Path) -> None:
-            run.wait()
-            took[who].append(run.end - self.nginx.first("/" if who == "B" else TASKS, count))
-            sizes = [path.stat().st_size for path in (folder / "orders").iterdir()]
-            expect(sizes == [100_000] * count, f"{who or 'the poller'} did not bring every file whole")
-
-        for turn in range(self.size.runs):
-            progress(f"{count} files, {turn + 1} of {self.size.runs}")
-            with home(self.folder, tasks) as folder:
-                note("A", seed_loop(self.nginx, folder, count), folder)
-            with home(self.folder, tasks) as folder:
-                note("", poller(self.nginx, folder, "--once"), folder)
-                expect(pending(folder) == 0, "a delivered order is still there")
-            with home(self.folder) as folder:
-                note("B", curl(folder, [f"{self.nginx.url}/files/{task}" for task in tasks]), folder)
-        own = took[""]
-        self.table.add(
-            f"{count:,} finished, 100 kB, fsynced", middle(own, "s"), f"A {middle(took['A'], 's')}, no fsync",
-            ratios(took["A"], own), least=2,
-        )  # fmt: skip
-        self.table.add("", "", f"B {middle(took['B'], 's')}, no poll", ratios(own, took["B"]))
+        count, tasks, took = self.size.files, names("small", self.size.files), defaultdict(list)
+        for _ in self.turns(f"{count} files"):
+            for who in ("A", "poller", "B"):
+                with home(self.folder, tasks) as folder:
+                    run = self.compete(who, folder, tasks, count, "/files/")
+                    took[who].append(run.end - self.nginx.first("/files/" if who == "B" else TASKS, count))
+                    sizes = [stat.st_size for stat in files(folder)]
+                    expect(sizes == [100_000] * count, f"{who} did not bring every file whole")
+                    expect(who == "B" or pending(folder) == 0, "a delivered order is still there")
+        a, mine, b = took["A"], took["poller"], took["B"]
+        what, beside = f"{count:,} finished, 100 kB, fsynced", f"A {middle(a, 's')}, no fsync"
+        self.table.add(what, middle(mine, "s"), beside, ratios(a, mine), bar="≥ 2")
+        self.table.add("", "", f"B {middle(b, 's')}, no poll", ratios(mine, b))
 
     def large(self) -> None:
         """One large file."""
-        own, beside, peak = [], [], []
-
-        def ours() -> None:
-            with home(self.folder, ["large-1"]) as folder:
-                run = poller(self.nginx, folder, "--once").wait()
-                own.append(run.end - self.nginx.first(TASKS, 1))
-                peak.append(run.peak)
-                size = (folder / "orders/large-1.png").stat().st_size
-                expect(size == self.size.large * MIB, "the large file is not whole")
-
-        def theirs() -> None:
-            with home(self.folder) as folder:
-                command = f"curl -q -sS --fail -o F {self.nginx.url}/files/large && sync F"
-                run = start(["sh", "-c", command], folder).wait()
-                beside.append(run.end - self.nginx.first("/", 1))
-
-        for turn in range(self.size.runs):
-            progress(f"{self.size.large} MiB, {turn + 1} of {self.size.runs}")
+        took, peak = defaultdict(list), []
+        command = ["sh", "-c", f"curl -q -sS --fail -o F {self.nginx.url}/files/large && sync F"]
+        for _ in self.turns(f"{self.size.large} MiB"):
+            seconds = Counter[str]()
             # Each one first and second: that makes a difference of half the time, whoever it is.
-            for contender in (ours, theirs, theirs, ours):
-                contender()
-        own, beside = (
-            [sum(pair) / 2 for pair in zip(took[::2], took[1::2], strict=True)] for took in (own, beside)
-        )
-        self.table.add(
-            f"one file of {self.size.large} MiB", middle(own, "s"), f"curl && sync {middle(beside, 's')}",
-            ratios(own, beside), most=1.25,
-        )  # fmt: skip
-        self.table.add("  peak memory", f"{max(peak):.1f} MiB", "", peak, "MiB", below=45, judged=max)
-
-    def start(self) -> None:
-        """From the exec to the first byte at the server."""
-        took: dict[str, list[float]] = {"A": [], "": []}
-        for turn in range(2 * self.size.runs):
-            progress(f"start, {turn + 1} of {2 * self.size.runs}")
-            for who, times in took.items():
-                with home(self.folder) as folder:
-                    report(self.far)
-                    run = seed_loop(self.far, folder, 0) if who else poller(self.far, folder, "--once")
-                    run.wait()
-                    times.append(report(self.far)["first"] - run.start)
-        self.table.add(
-            "start to the first request", middle(took[""], "ms"), f"A {middle(took['A'], 'ms')}",
-            took[""], "ms", below=0.3,
-        )  # fmt: skip
+            for who in ("poller", "curl", "curl", "poller"):
+                with home(self.folder, ["large-1"]) as folder:
+                    if who == "curl":
+                        run = start(command, folder).wait()
+                        seconds[who] += run.end - self.nginx.first("/", 1)
+                        continue
+                    run = self.poller(self.nginx.url, folder, "--once").wait()
+                    seconds[who] += run.end - self.nginx.first(TASKS, 1)
+                    peak.append(run.peak)
+                    expect(files(folder)[0].st_size == self.size.large * MIB, "the large file is not whole")
+            for who, both in seconds.items():
+                took[who].append(both / 2)
+        mine, curl = took["poller"], took["curl"]
+        what, beside = f"one file of {self.size.large} MiB", f"curl && sync {middle(curl, 's')}"
+        self.table.add(what, middle(mine, "s"), beside, ratios(mine, curl), bar="≤ 1.25")
+        self.table.add("  peak memory", f"{max(peak):.1f} MiB", "", peak, "MiB", "< 45", max)
 
     def idle(self) -> None:
         """A daemon with many orders that are not due; beside it, one with some that render."""
-        size, count = self.size, self.size.sweeps[-1]
+        size, count, step = self.size, self.size.sweeps[-1], self.size.spell
+        slowest = max(size.renders)
         with home(self.folder, names("pending", count)) as idle, home(self.folder) as busy:
             progress(f"{count} orders pending")
-            sleeper = poller(self.nginx, idle, POLL_INTERVAL="3600")
-            renderer = poller(self.far, busy)
+            sleeper = self.poller(self.nginx.url, idle, POLL_INTERVAL="3600")
+            renderer = self.poller(self.far, busy)
             polled = 0
             while polled < count:
-                polled += len(self.nginx.times(TASKS))
+                polled += len(self.nginx.seen(TASKS))
                 time.sleep(0.2)
             report(self.far)
-            ready = place_orders(busy / "database.json", size.renders)
-            progress(f"renders of {min(size.renders)} to {max(size.renders)} s")
+            ready = self.place_orders(busy / "database.json")
+            progress(f"renders of {min(size.renders)} to {slowest} s")
             time.sleep(2)
-            spells, step = [], size.spell
+            spells = []
             for _ in range(5):
-                before = cpu_of(sleeper.pid)
+                before = sleeper.cpu()
                 time.sleep(step)
-                spells.append((cpu_of(sleeper.pid) - before) / step)
-            deadline = time.monotonic() + 2 * max(size.renders) + 20
-            while pending(busy) and time.monotonic() < deadline:
-                time.sleep(0.5)
-            expect(pending(busy) == 0, "an order is never delivered")
+                spells.append((sleeper.cpu() - before) / step)
+            until(lambda: pending(busy) == 0, "an order is never delivered", 2 * slowest + 20)
             renderer.stop()
             peak = sleeper.stop().peak
             polls = report(self.far)["polls"]
-            late: dict[int, list[float]] = {}
+            late = defaultdict(list)
             for task_id, (moment, render, batch) in ready.items():
                 # A rename sets ctime: so that is when the file had its final name.
                 here = (busy / "orders" / f"{task_id}.png").stat().st_ctime
-                late.setdefault(batch, []).append((here - moment) / (render / 4 + 2))
-        self.table.add(
-            f"{count:,} pending: peak memory", f"{peak:.1f} MiB", "", [peak], "MiB", below=64, judged=max
-        )
-        self.table.add(
-            f"  CPU of a core, {5 * step:.0f} s idle", f"{sum(spells) / 5 * 100:.2f} %", "",
-            spells, "%", below=0.002,
-        )  # fmt: skip
-        self.table.add(
-            f"renders of {min(size.renders)} to {max(size.renders)} s: lateness", "", "25 % of render + 2 s",
-            [max(values) for values in late.values()], most=1, judged=max,
-        )  # fmt: skip
+                late[batch].append((here - moment) / (render / 4 + 2))
+        memory = f"{count:,} pending: peak memory"
+        self.table.add(memory, f"{peak:.1f} MiB", "", [peak], "MiB", "< 64", max)
+        cpu, mean = f"  CPU of a core, {5 * step:.0f} s idle", f"{sum(spells) / 5 * 100:.2f} %"
+        self.table.add(cpu, mean, "", spells, "%", "< 0.2")
+        what, worst = f"renders of {min(size.renders)} to {slowest} s: lateness", map(max, late.values())
+        self.table.add(what, "", "25 % of render + 2 s", [*worst], bar="≤ 1", judged=max)
         each = sum(polls.values()) / len(ready)
         loop = sum(-(-render // 2) + 1 for _, render, _ in ready.values()) / len(ready)
-        self.table.add(
-            "  polls per order", f"{each:.1f}", f"{loop:.1f} every 2 s", [loop / each],
-        )  # fmt: skip
+        self.table.add("  polls per order", f"{each:.1f}", f"{loop:.1f} every 2 s", [loop / each])
+
+    def place_orders(self, database: Path) -> dict[str, tuple[float, int, int]]:
+        """Place an order for each render time, five times; gives its moment, render time and batch."""
+        sys.path.insert(0, str(self.code))
+        import db
+
+        ready = {}
+        for batch in range(5):
+            for render in self.size.renders:
+                moment = time.time() + render
+                task_id = f"ready-{moment * 1000:.0f}-{render}-{batch}"
+                ready[task_id] = (moment, render, batch)
+                db.add_order(task_id, "project", database)
+        return ready
 
     def limit(self) -> None:
         """Finished orders at a server that takes only so many requests a second; else it is 429 or 503."""
         count, took, refused = self.size.limited, [], []
         ideal = (2 * count - BURST) / RATE
-        for turn in range(2 if self.size.runs > 2 else 1):
-            progress(f"{count} files, {RATE} requests a second, {turn + 1}")
+        for _ in self.turns(f"{count} files, {RATE} requests a second", min(2, self.size.runs)):
             with contextlib.ExitStack() as stack:
-                runs = []
+                runs = {}
                 for status, port in self.nginx.limited.items():
                     folder = stack.enter_context(home(self.folder, names("small", count)))
-                    url = f"http://127.0.0.1:{port}"
-                    run = poller(self.nginx, folder, BASEURL=url, TOKEN_URL=self.nginx.url + "/oauth/token")
-                    runs.append((status, folder, run))
+                    more = {"BASEURL": f"http://127.0.0.1:{port}"}
+                    runs[status] = folder, self.poller(self.nginx.url, folder, **more)
                 deadline = time.monotonic() + 10 * ideal + 20
-                while any(pending(folder) for _, folder, _ in runs) and time.monotonic() < deadline:
+                while any(pending(folder) for folder, _ in runs.values()) and time.monotonic() < deadline:
                     time.sleep(0.2)
-                for status, folder, run in runs:
+                for status, (folder, run) in runs.items():
                     run.stop()
-                    left = pending(folder)
-                    if left:
-                        progress(f"{left} of {count} are still not delivered where {status} is answered")
                     seen = self.nginx.seen("/", f"times-{status}")
-                    ends = [path.stat().st_ctime for path in (folder / "orders").iterdir()]
-                    first = min(moment for moment, _ in seen)
-                    took.append(float("inf") if left else max(ends) - first)
+                    last = max(stat.st_ctime for stat in files(folder))
+                    took.append(float("inf") if pending(folder) else last - min(seen)[0])
                     refused.append(sum(answer == status for _, answer in seen) / len(seen))
-        self.nginx.times(TASKS)
         expect(min(took) > 0.9 * ideal, "the limit is none")
-        self.table.add(
-            f"{count} finished, at most {RATE} a second", middle(took, "s"),
-            f"({2 * count} - {BURST}) / {RATE} = {ideal:.1f} s",
-            [seconds / ideal for seconds in took], most=1.5, judged=max,
-        )  # fmt: skip
-        self.table.add("  requests answered 429 or 503", "", "of all", refused, "%", most=0.2, judged=max)
+        what, beside = f"{count} finished, at most {RATE} a second", f"({2 * count} - {BURST}) / {RATE}"
+        relative = [seconds / ideal for seconds in took]
+        self.table.add(what, middle(took, "s"), f"{beside} = {ideal:.1f} s", relative, "", "≤ 1.5", max)
+        self.table.add("  requests answered 429 or 503", "", "of all", refused, "%", "≤ 20", max)
 
     def many(self) -> None:
         """Many pending orders, of which some finish; beside it the same, where none of them does."""
         size, old = self.size, names("old", self.size.pending - self.size.finished)
         with home(self.folder, old) as busy, home(self.folder, old) as still, home(self.folder) as third:
             progress(f"{size.pending} orders pending, {size.finished} finished in {size.within:.0f} s")
-            alone = [add_order(busy, f"alone-{number}") for number in range(size.adds)]
-            reader = poller(self.far, busy, terminal=True, POLL_INTERVAL="3600", COLUMNS="200")
-            beside = poller(self.far, still, terminal=True, POLL_INTERVAL="3600", COLUMNS="200")
+            alone = [self.add_order(busy, f"alone-{turn}") for turn in range(size.adds)]
+            more = {"POLL_INTERVAL": "3600", "COLUMNS": "200"}
+            reader = self.poller(self.far, busy, terminal=True, **more)
+            beside = self.poller(self.far, still, terminal=True, **more)
             report(self.far)
-            idler = poller(self.far, third)
+            idler = self.poller(self.far, third)
             polled = 0
             while polled < 2 * len(old) + size.adds:
                 time.sleep(0.2)
                 polled += sum(report(self.far)["polls"].values())
             now, step = time.time(), size.within / size.finished
-            moments = [int((now + 1 + number * step) * 1000) for number in range(size.finished)]
-            type_orders(
-                busy, [f"soon-{moment}-{number}" for number, moment in enumerate(moments)], size.within
-            )
-            type_orders(still, [f"soon-0-{number}" for number in range(size.finished)], size.within)
-            entries = (f'"id-{number:093d}": {{}}' for number in range(size.broken * 10_000))
+            moments = [int((now + 1 + turn * step) * 1000) for turn in range(size.finished)]
+            type_orders(busy, [f"soon-{moment}-{turn}" for turn, moment in enumerate(moments)], size.within)
+            type_orders(still, [f"soon-0-{turn}" for turn in range(size.finished)], size.within)
+            entries = (f'"id-{turn:093d}": {{}}' for turn in range(size.broken * 10_000))
             (third / "database.json").write_text('{"orders": {' + ", ".join(entries))  # without its end
             time.sleep(1)
             runs = reader, beside, idler
-            before, began = [cpu_of(run.pid) for run in runs], time.time()
+            before, began = [run.cpu() for run in runs], time.time()
             report(self.far)
             adds = []
-            for number in range(size.adds):
-                time.sleep(max(0.0, began + number * size.within / size.adds - time.time()))
-                adds.append(add_order(busy, f"added-{number}"))
+            for turn in range(size.adds):
+                time.sleep(max(0.0, began + turn * size.within / size.adds - time.time()))
+                adds.append(self.add_order(busy, f"added-{turn}"))
             time.sleep(max(0.0, began + size.within - time.time()))
-            until(lambda: files(busy) >= size.finished / 4 and reader.stood, "few files were delivered")
+            until(lambda: len(files(busy)) >= size.finished / 4 and reader.stood, "few files were delivered")
             until(lambda: "line 1" in idler.log.read_text(), "a broken file is not noticed")
-            cpu = [cpu_of(run.pid) - start for run, start in zip(runs, before, strict=True)]
+            cpu = [run.cpu() - start for run, start in zip(runs, before, strict=True)]
             seconds, polls = time.time() - began, report(self.far)["polls"]
             peak = reader.stop().peak
+            (third / "database.json").write_text('{"orders": {}, "failed": {}}')
+            until(lambda: "recovered" in idler.log.read_text(), "a mended file is not noticed")
             idler.stop()
             beside.stop()
         theirs = sum(count for task, count in polls.items() if task.startswith("soon-0-"))
         ours = sum(polls.values()) - theirs
-        above = (cpu[0] - cpu[1] * ours / theirs) / seconds
+        mine, other, broken = (used / seconds for used in cpu)
+        what = f"{size.pending:,} pending, {size.finished:,} finished"
+        said = f"{other * 100:.1f} %, none finished"
+        self.table.add(what, f"{mine * 100:.1f} %", said, [mine - other * ours / theirs], "%", "≤ 12")
+        what, said = "  db.py add at the same time", f"without a poller {middle(alone, 's')}"
+        self.table.add(what, middle(adds, "s"), said, [median(adds) / median(alone)], bar="≤ 1.5")
         pauses = sorted(reader.stood)
-        self.table.add(
-            f"{size.pending:,} pending, {size.finished:,} finished", f"{cpu[0] / seconds * 100:.1f} %",
-            f"{cpu[1] / seconds * 100:.1f} %, none finished", [above], "%", most=0.12,
-        )  # fmt: skip
-        self.table.add(
-            "  db.py add at the same time", middle(adds, "s"), f"without a poller {middle(alone, 's')}",
-            [median(adds) / median(alone)], most=1.5,
-        )  # fmt: skip
-        self.table.add(
-            "  live line after a delivery", "", "99 of 100, and the longest",
-            [pauses[int(len(pauses) * 0.99)], pauses[-1]], "s", below=0.5, judged=min,
-        )  # fmt: skip
-        self.table.add("  peak memory", f"{peak:.1f} MiB", "", [peak], "MiB", below=80, judged=max)
-        self.table.add(
-            f"broken database.json, {size.broken} MB: CPU", "", "of a core",
-            [cpu[2] / seconds], "%", below=0.01,
-        )  # fmt: skip
-
-
-def files(folder: Path) -> int:
-    """How many files have come."""
-    return len(list((folder / "orders").glob("*.png")))
-
-
-def add_order(folder: Path, task_id: str) -> float:
-    """Seconds that `db.py add` takes."""
-    env = {"DATABASE": str(folder / "database.json"), "HOME": "/nonexistent"}
-    run = start([sys.executable, CODE / "db.py", "add", task_id], folder / "adds", env).wait()
-    return run.end - run.start
+        pauses = [pauses[int(len(pauses) * 0.99)], pauses[-1]]
+        what, said = "  live line after a delivery", "99 of 100, and the longest"
+        self.table.add(what, "", said, pauses, "s", "< 0.5", min)
+        self.table.add("  peak memory", f"{peak:.1f} MiB", "", [peak], "MiB", "< 80")
+        self.table.add(f"broken database.json, {size.broken} MB: CPU", "", "of a core", [broken], "%", "< 1")
 
 
 def type_orders(folder: Path, task_ids: Sequence[str], oldest: float) -> None:
     """Add all of them at once, as an editor does it; of all ages up to so many seconds."""
     database, now = folder / "database.json", datetime.now(timezone.utc)
     data = json.loads(database.read_text())
-    for number, task_id in enumerate(task_ids):
-        age = timedelta(seconds=number * 7 % len(task_ids) / len(task_ids) * oldest)
+    for place, task_id in enumerate(task_ids):
+        age = timedelta(seconds=place * 7 % len(task_ids) / len(task_ids) * oldest)
         data["orders"][task_id] = {"projectID": "project", "added": (now - age).isoformat()}
     (folder / "edited").write_text(json.dumps(data, indent=4))
     (folder / "edited").replace(database)
 
 
-def place_orders(database: Path, renders: Sequence[int]) -> dict[str, tuple[float, int, int]]:
-    """Place an order for each render time, five times; gives its moment, render time and batch."""
-    sys.path.insert(0, str(CODE))
-    import db
-
-    ready = {}
-    for batch in range(5):
-        for render in renders:
-            moment = time.time() + render
-            task_id = f"ready-{moment * 1000:.0f}-{render}-{batch}"
-            ready[task_id] = (moment, render, batch)
-            db.add_order(task_id, "project", database)
-    return ready
-
-
-def cpu_of(pid: int) -> float:
-    """Seconds of CPU that a process has taken: its clock, as clock_getcpuclockid(3) makes it."""
-    return time.clock_gettime((~pid << 3) | 2)
-
-
-def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    return [one / other for one, other in zip(above, below, strict=True)]
-
-
 # --- python tests/benchmark.py ---------------------------------------------------------------
 
 PARTS = ("start", "sweep", "polls", "tls", "delay", "deliver", "large", "idle", "limit", "many")
+HELPERS: dict[str, Callable[..., None]] = {  # what the benchmark starts of itself
+    "seed": lambda url, folder, most: seed(url, Path(folder), int(most)),
+    "loop": lambda url, count, how: bare_loop(url, int(count), how == "anew"),
+    "far": lambda port, file: asyncio.run(Far(int(port), Path(file).read_bytes()).serve()),
+}
 
 
 def about(folder: Path, size: Size) -> list[str]:
     """What stands above the table."""
 
-    def said(*command: str) -> str:
+    def version(*command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True)
         found = re.search(r"\d+\.\d+(\.\d+)?", done.stdout + done.stderr)
         return f"{Path(command[0]).name} {found[0] if found else '?'}"
 
-    disk = subprocess.run(["df", "--output=fstype", folder], capture_output=True, text=True).stdout.split()[
-        -1
-    ]
+    disk = subprocess.run(["df", "--output=fstype", folder], capture_output=True, text=True).stdout.split()
+    programs = f"Python {platform.python_version()}, {version(NGINX_PATH, '-v')}, {version('curl', '-V')}"
     where = f"servers on core {SERVERS}, what is measured on core {MEASURED}, by sched_setaffinity"
     return [
-        f"{date.today()}, Python {platform.python_version()}, {said(NGINX_PATH, '-v')}, {said('curl', '-V')},"
-        f" {len(CORES)} cores, files on {disk}",
+        f"{date.today()}, {programs}, {len(CORES)} cores, files on {disk[-1]}",
         where if SERVERS != MEASURED else "all of it on one core",
         f"A: the seed's loop in Python, without its pause. B: curl --parallel --parallel-max {AT_ONCE}.",
         f"{size.runs} runs, in turns. No unit: a ratio in a run: A / poller, poller / B, or poller / beside.",
@@ -983,40 +884,35 @@ def about(folder: Path, size: Size) -> list[str]:
     ]
 
 
+def measure(size: Size, code: Path, parts: Sequence[str]) -> None:
+    os.sched_setaffinity(0, {SERVERS})
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        folder, port = Path(name), free_port()
+        try:
+            write_png(folder / "far.png", 1000)
+            far = serve(port, own("far", port, folder / "far.png"))
+            bench = Bench(folder, size, code, Nginx(folder / "nginx", size.large), far)
+            for part in PARTS:
+                if part in parts:
+                    getattr(bench, part)()
+            print(bench.table.text(about(folder, size)))
+        finally:
+            for process in STARTED:
+                process.kill()
+                process.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smoke test: smaller, and one run of each")
     parser.add_argument("--only", choices=PARTS, action="append", help="only this part; may be repeated")
     parser.add_argument("--code", type=Path, default=ROOT, help="where the poller is that is measured")
-    # What the benchmark starts of itself.
-    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--seed", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--loop", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--helper", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    global CODE
-    CODE = given.code.resolve()
-    if given.serve:
-        asyncio.run(Far.serve(given.serve))
-    elif given.seed:
-        seed(given.seed[0], Path(given.seed[1]), int(given.seed[2]))
-    elif given.loop:
-        bare_loop(given.loop[0], int(given.loop[1]), given.loop[2] == "anew")
+    if given.helper:
+        HELPERS[given.helper[0]](*given.helper[1:])
     else:
-        measure(QUICK if given.quick else Size(), given.only or PARTS)
-
-
-def measure(size: Size, parts: Sequence[str]) -> None:
-    os.sched_setaffinity(0, {SERVERS})
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
-        nginx = stack.enter_context(contextlib.closing(Nginx(folder, size.large)))
-        far = stack.enter_context(contextlib.closing(far_server(folder)))
-        stack.callback(lambda: [os.kill(pid, signal.SIGKILL) for pid in ALIVE])
-        bench = Bench(folder, size, nginx, far)
-        for part in PARTS:
-            if part in parts:
-                getattr(bench, part)()
-        print(bench.table.text(about(folder, size)))
+        measure(QUICK if given.quick else Size(), given.code.resolve(), given.only or PARTS)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import socketserver
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 import trustme
 from xdist.scheduler import LoadScopeScheduling
@@ -102,7 +104,7 @@ def end_orders(delivered: list[str], failed: dict[str, tuple[int | None, str]], 
         store.take(delivered)
         store.fail(failed)
 
-    db._change(path, edit)
+    db.edit(path, edit)
 
 
 class Home:
@@ -135,8 +137,8 @@ class Home:
         return self.read().get("failed", {})
 
     def files(self) -> list[str]:
-        """All that is in the orders folder, hidden files too."""
-        return sorted(path.name for path in self.orders.iterdir())
+        """All that is in the orders folder, hidden files too, but for the poller's lock."""
+        return sorted(path.name for path in self.orders.iterdir() if path.name != ".poller.pid")
 
     def command(self, *arguments: str, before: str = "") -> list[str]:
         """The poller's command line; `before` is Python that runs first, to shorten a constant."""
@@ -211,6 +213,10 @@ def home(tmp_path: Path, grafx: Sandbox) -> Iterator[Home]:
         if running.process.poll() is None:
             running.process.kill()
             running.process.wait()
+    for process in psutil.process_iter():  # their commands, which have their working folder
+        with suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and Path(process.cwd()).is_relative_to(tmp_path):
+                process.kill()
 
 
 @pytest.fixture
@@ -388,6 +394,44 @@ def tls_front(certificate: Path) -> Iterator[Callable[[int], int]]:
     yield make
     asyncio.run_coroutine_threadsafe(end(), loop).result(20)
     loop.call_soon_threadsafe(loop.stop)
+
+
+class Manager:
+    """The end of the notify socket that systemd has."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.told: list[tuple[float, str]] = []  # when, and the datagram
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(address.replace("@", "\0", 1) if address.startswith("@") else address)
+        self.socket.setblocking(False)
+
+    def lines(self) -> list[str]:
+        """All that was told so far, without the names of their own datagrams."""
+        with suppress(BlockingIOError):
+            while True:
+                self.told.append((time.monotonic(), self.socket.recv(65536).decode()))
+        return [line for _, text in self.told for line in text.splitlines()]
+
+    def hears(self, pattern: str) -> str:
+        """Wait for a line, among those to come as well as those that came."""
+        return eventually(
+            lambda: next((line for line in self.lines() if re.search(pattern, line)), None), pattern
+        )
+
+    def forget(self) -> None:
+        self.lines()
+        self.told.clear()
+
+
+@pytest.fixture
+def manager(request: pytest.FixtureRequest) -> Iterator[Manager]:
+    # The path of a socket may be 107 bytes long, and pytest's temporary folders can be longer.
+    with tempfile.TemporaryDirectory() as folder:
+        abstract = getattr(request, "param", "") == "an abstract name"
+        manager = Manager(f"{'@' * abstract}{folder}/notify")
+        yield manager
+        manager.socket.close()
 
 
 def find_program(name: str, package: str, what: str = "the README's use of it") -> str:

@@ -2,7 +2,7 @@
 
 As a program, to see the poller work without a CHILI account:
 
-    python tests/sandbox.py            runs the real poller against a sandbox with eleven orders
+    python tests/sandbox.py            runs the real poller against a sandbox with ten orders
     python tests/sandbox.py --serve    only serves; prints settings for a .env and how to place an order
 
 As a library, in tests:
@@ -77,7 +77,6 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "trickle": ("pace",),
     "trickle-body": ("pace",),
     "500-plain": (),
-    "500-empty": (),
     "500-aspnet": (),
     "html": (),
     "cut": (),
@@ -93,27 +92,26 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "close-end": (),
     "gzip": (),
     "gzip-cut": (),
-    "gzip-members": (),
     "gzip-far": (),
     "gzip-padded": (),
-    "coding": ("value",),
+    "coding": ("value", "body"),
     "wrong-type": ("type",),
     "octet": ("body",),
     "empty": (),
     "huge": ("size",),
-    "redirect-loop": ("code",),
-    "redirect-away": ("code",),
-    "redirect-same": ("code",),
+    "redirect-loop": (),
+    "redirect-away": (),
+    "redirect-same": (),
     "echo-token": (),
     "slow": ("rate",),
-    "delay": ("seconds",),
-    "interim": ("code", "number", "pause"),
+    "delay": ("seconds", "until"),
+    "interim": ("pause",),
     "late": ("status", "pause", "task"),
 }
 STATUS_OPTIONS = ("retry_after", "body", "content_type")  # of status-NNN
 # These change a body, so a 204 passes them by and they wait for an answer that has one.
 NEED_BODY = {"trickle-body", "cut", "length-long", "length-short", "chunked", "chunked-cut", "close-end"}
-NEED_BODY |= {"gzip", "gzip-cut", "gzip-members", "gzip-far", "gzip-padded", "coding", "wrong-type", "octet"}
+NEED_BODY |= {"gzip", "gzip-cut", "gzip-far", "gzip-padded", "coding", "wrong-type", "octet"}
 # These lie in how an answer is sent; the others, in what it says.
 ODDLY_SENT = {"reset", "close", "hang", "trickle", "trickle-body", "length-long", "length-short", "chunked"}
 ODDLY_SENT |= {"chunked-cut", "close-end", "huge", "slow", "delay", "interim", "late"}
@@ -479,10 +477,8 @@ class Sandbox:
         self.client_secret = f"secret-{secrets.token_hex(16)}"
         self.tokens: list[str] = []
         self.requests: list[Request] = []
-        self.stubborn = False
+        self.stubborn = False  # the same token again and again, even after `revoke`
         self.refuse_credentials = False
-        self.require_token_for_download = True
-        self.order_takes = 2.0  # seconds until a task made by an order is finished
 
         self._lock = threading.RLock()
         self._stopping = threading.Event()
@@ -591,7 +587,7 @@ class Sandbox:
         trickle, trickle-body  one byte each `pace` seconds (0.2), a head without end, or for `after` seconds
                                and then the connection's end / the right body
         status-NNN             problem details; retry_after=, body=, content_type=
-        500-plain, 500-empty   HTML / nothing
+        500-plain              HTML
         500-aspnet             the problem details that ASP.NET sends for its own faults
         html, empty, huge      200 with a page / nothing / `size` bytes (64 MiB) of JSON
         cut                    half of the right body, with the Content-Length of that half
@@ -604,18 +600,17 @@ class Sandbox:
         chunked, chunked-cut   a whole one (no fault) / half of the chunks, then the end
         close-end              no length; the end of the connection is the end of the body (no fault)
         gzip, gzip-cut         Content-Encoding: gzip (no fault) / half of that stream, with its right length
-        gzip-members, -far     the same in two members / the second begins behind 64 KiB (no faults)
+        gzip-far               the same in two members, the second of which begins behind 64 KiB (no fault)
         gzip-padded            the same with 70,000 zeros behind it, as tapes have it (no fault)
-        coding                 Content-Encoding: value= (br); deflate really is, others only say so
+        coding                 Content-Encoding: value= (br) for the right body or body=; deflate really is
         wrong-type, octet      the right body as type= (image/jpeg) / it or body= as application/octet-stream
-        redirect-loop          to itself, for ever; code= (302)
-        redirect-away          to `elsewhere`; code= (302)
-        redirect-same          to the same path with a query, served normally; code= (302, 307 for a POST)
+        redirect-loop          to itself, for ever
+        redirect-away          to `elsewhere`
+        redirect-same          to the same path with a query, served normally
         echo-token             500 whose detail repeats the Authorization header and the request's body
         slow                   the right body at `rate` bytes a second (20,000)
-        delay                  the right answer, `seconds` later (1)
-        interim                `number` interim answers (1) of status code= (103), each `pause` seconds (0.3)
-                               before the next answer, then the right one (no fault)
+        delay                  the right answer, `seconds` later (1), or once the event `until` is set
+        interim                an interim answer (103), `pause` seconds (0.3) before the right one
         late                   status= (504; 204), `pause` seconds later (0.05; 0: in the same segment) on the
                                same connection the right answer, or with task= what is right for that one
         """
@@ -642,6 +637,10 @@ class Sandbox:
         """Every token issued so far answers 401 from now."""
         with self._lock:
             self._token_ends.clear()
+
+    def asked(self, what: str, task_id: str | None = None) -> list[Request]:
+        """All requests of this sort so far, for one task or for any."""
+        return [one for one in list(self.requests) if one.what == what and task_id in (None, one.task_id)]
 
     # --- the right answers ---
 
@@ -670,7 +669,7 @@ class Sandbox:
             return problem(405, f"{request.method} is not allowed here.")
         if request.what == "token":
             return self._token_answer(request)
-        if (request.what != "download" or self.require_token_for_download) and not self._authorized(request):
+        if not self._authorized(request):
             answer = problem(401, "The access token is missing, expired or invalid.")
             answer.headers["WWW-Authenticate"] = 'Bearer error="invalid_token"'
             return answer
@@ -707,7 +706,7 @@ class Sandbox:
 
     def _order_answer(self, request: Request) -> Answer:
         kind = ORDERS[request.path.partition("?")[0].rpartition("/")[2]]
-        request.task_id = self.add(kind, after=self.order_takes)
+        request.task_id = self.add(kind, after=2.0)
         links = {"taskInfo": f"{self.root}/tasks/{request.task_id}"}
         return json_answer({"data": {"taskId": request.task_id}, "links": links})
 
@@ -826,8 +825,6 @@ class Sandbox:
         match fault.name:
             case "500-plain":
                 return Answer(500, PAGE, "text/html; charset=utf-8")
-            case "500-empty":
-                return Answer(500)
             case "500-aspnet":
                 value = {
                     "type": "https://tools.ietf.org/html/rfc9110#section-15.6.1",
@@ -855,12 +852,13 @@ class Sandbox:
                 return json_answer(finished | {"links": {"download": option.get("link", "not a link")}})
             case "other-task":
                 return json_answer(self._finished(option.get("task", str(uuid.uuid4()))))
-            case "gzip" | "gzip-cut" | "gzip-members" | "gzip-far" | "gzip-padded":
+            case "gzip" | "gzip-cut" | "gzip-far" | "gzip-padded":
                 right.body = gzipped(right, fault.name)
                 right.headers["Content-Encoding"] = "gzip"
                 return right
             case "coding":
                 right.headers["Content-Encoding"] = coding = option.get("value", "br")
+                right.body = option.get("body", right.body)
                 if coding == "deflate":
                     right.body = zlib.compress(b"".join(pieces(right.body)))
                 return right
@@ -872,24 +870,24 @@ class Sandbox:
                 right.body = option.get("body", right.body)
                 return right
             case "redirect-loop" | "redirect-away" | "redirect-same":
-                return self._redirect(request, fault)
+                return self._redirect(request, fault.name)
             case "echo-token":
                 said = request.headers.get("Authorization", "no Authorization")
                 said += f"; {request.body.decode('utf-8', 'replace')}" if request.body else ""
                 return problem(500, f"Could not process the request with {said}")
         return status_answer(int(fault.name.removeprefix("status-")), option)
 
-    def _redirect(self, request: Request, fault: Fault) -> Answer:
+    def _redirect(self, request: Request, how: str) -> Answer:
         path = request.path.partition("?")[0]
         code = 302
-        if fault.name == "redirect-away":
+        if how == "redirect-away":
             to = f"{self.elsewhere}/file/{request.task_id}" if request.task_id else f"{self.elsewhere}/"
-        elif fault.name == "redirect-loop":
+        elif how == "redirect-loop":
             to = f"{self.base_url}{path}?again=loop"
         else:
             to = f"{self.base_url}{path}?again=1"
             code = 307 if request.method == "POST" else 302  # a 302 turns a POST into a GET
-        return Answer(fault.options.get("code", code), b"", None, {"Location": to})
+        return Answer(code, b"", None, {"Location": to})
 
     def _send_oddly(self, connection: socket.socket, request: Request, right: Answer, fault: Fault) -> bool:
         """Send the answer of a fault that lies in how it is said. Returns whether the connection goes on."""
@@ -914,16 +912,16 @@ class Sandbox:
         size = length(right.body)
         match fault.name:
             case "delay":
-                if self._stopping.wait(option.get("seconds", 1.0)):
+                if "until" in option:
+                    option["until"].wait(120)
+                elif self._stopping.wait(option.get("seconds", 1.0)):
                     return False
                 send(connection, right)
                 return True
             case "interim":
-                early = f"HTTP/1.1 {option.get('code', 103)} Soon\r\nLink: </style.css>; rel=preload\r\n\r\n"
-                for _ in range(option.get("number", 1)):
-                    connection.sendall(early.encode())
-                    if self._stopping.wait(option.get("pause", 0.3)):
-                        return False
+                connection.sendall(b"HTTP/1.1 103 Soon\r\nLink: </style.css>; rel=preload\r\n\r\n")
+                if self._stopping.wait(option.get("pause", 0.3)):
+                    return False
                 send(connection, right)
                 return True
             case "slow":
@@ -1017,9 +1015,6 @@ def gzipped(right: Answer, how: str) -> bytes:
             whole = b" " * FAR + whole
         assert len(whole) > FAR, "the second member would be empty"
         return gzip.compress(whole[:FAR], compresslevel=0) + gzip.compress(whole[FAR:])
-    if how == "gzip-members":
-        half = len(whole) // 2
-        return gzip.compress(whole[:half]) + gzip.compress(whole[half:])
     packed = gzip.compress(whole, compresslevel=1)
     if how == "gzip-padded":
         return packed + bytes(FAR)
@@ -1066,114 +1061,69 @@ def end_chunks(connection: socket.socket) -> bool:
 
 POLLER = HERE.parent / "poller.py"
 PATIENCE = 120.0  # seconds
-State = dict[str, dict[str, Any]]
 
 
-def place_orders(grafx: Sandbox) -> tuple[dict[str, str], set[str]]:
-    """Eleven orders: what each one is, by task id, and which of them have to fail."""
-    slow = grafx.add("png", after=6, size=2_000_000)
-    grafx.fault("download", "slow", task_id=slow, times=None, rate=400_000)
-    good = {
-        grafx.add("png"): "PNG, ready",
-        grafx.add("png", after=3): "PNG that renders for 3 s",
-        slow: "PNG that renders for 6 s and downloads for 5 s",
-        **{grafx.add(kind): kind.upper() for kind in ("jpg", "pdf", "gif", "mp4", "zip")},
-    }
-    bad = {
-        grafx.add("failed"): "a render that fails",
-        grafx.add("expired"): "a file that is no longer there",
-        str(uuid.uuid4()): "a task that GraFx does not know",
-    }
-    return good | bad, set(bad)
-
-
-def new_folder(orders: dict[str, str]) -> Path:
-    """A temporary folder with an orders folder and a database.json in which these orders wait."""
+def new_folder(orders: Collection[str]) -> Path:
+    """A temporary folder with folders for files and a database.json in which these orders wait."""
     folder = Path(tempfile.mkdtemp(prefix="grafx-sandbox-"))
-    (folder / "orders").mkdir()
+    for name in ("orders", "done"):
+        (folder / name).mkdir()
     added = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    state = {
-        "orders": {task_id: {"projectID": str(uuid.uuid4()), "added": added} for task_id in orders},
-        "failed": {},
-    }
-    (folder / "database.json").write_text(json.dumps(state, indent=4) + "\n", encoding="utf-8")
+    fields = {task_id: {"projectID": str(uuid.uuid4()), "added": added} for task_id in orders}
+    (folder / "database.json").write_text(json.dumps({"orders": fields, "failed": {}}, indent=4) + "\n")
     return folder
 
 
-def read_state(database: Path) -> State | None:
-    """The poller's file, or None while it cannot be read."""
-    try:
-        state = json.loads(database.read_text(encoding="utf-8"))
-        return {"orders": dict(state["orders"]), "failed": dict(state["failed"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def watch(poller: subprocess.Popen[bytes], database: Path) -> str | None:
+def watch(poller: subprocess.Popen[bytes], database: Path) -> str:
     """Wait until no order is left. Returns what went wrong instead, if anything."""
     end = time.monotonic() + PATIENCE
-    left: list[str] = []
-    while time.monotonic() < end:
+    while left := json.loads(database.read_text())["orders"]:
         if (code := poller.poll()) is not None:
             return f"The poller ended by itself with exit code {code}."
-        if (state := read_state(database)) is not None:
-            left = list(state["orders"])
-            if not left:
-                return None
+        if time.monotonic() > end:
+            return f"After {PATIENCE:.0f} seconds these orders are left: {', '.join(left)}"
         time.sleep(0.2)
-    return f"After {PATIENCE:.0f} seconds these orders are left: {', '.join(left)}"
+    return ""
 
 
-def stop(poller: subprocess.Popen[bytes]) -> None:
-    if poller.poll() is None:
-        poller.terminate()
-        try:
-            poller.wait(15)
-        except subprocess.TimeoutExpired:
-            poller.kill()
-            poller.wait()
-
-
-def summarize(grafx: Sandbox, folder: Path, orders: dict[str, str], bad: set[str]) -> bool:
-    """Print what became of the orders. Returns whether it is what had to become of them."""
-    state = read_state(folder / "database.json") or {"orders": {}, "failed": {}}
-    files, done = (
-        {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(place.iterdir())}
-        for place in (folder / "orders", folder / "done")
+def summarize(grafx: Sandbox, folder: Path, good: Collection[str], bad: Collection[str]) -> bool:
+    """Print how the orders ended. Returns whether each ended as it should."""
+    wanted = {task_id: grafx.sha256(task_id) for task_id in good}
+    delivered, done = (
+        {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob(f"{name}/[!.]*")}
+        for name in ("orders", "done")
     )
-    wanted = {task_id: grafx.sha256(task_id) for task_id in orders if task_id not in bad}
-    missing = [task_id for task_id, digest in wanted.items() if digest not in files.values()]
-    waiting = [task_id for task_id, digest in wanted.items() if digest not in done.values()]
-
-    print(f"\nDelivered: {len(wanted) - len(missing)} of {len(wanted)}")
-    for task_id in missing:
-        print(f"  missing, or not the file that was sent: {task_id} ({orders[task_id]})")
-    print(f"ON_DONE ran for: {len(wanted) - len(waiting)} of {len(wanted)}")
-    for task_id in waiting:
-        print(f"  ON_DONE did not run: {task_id} ({orders[task_id]})")
-    print(f"Failed: {len(state['failed'])}, expected {len(bad)}")
-    for task_id, entry in state["failed"].items():
-        reason = entry.get("error") if isinstance(entry, dict) else None
-        print(f"  {task_id} ({orders.get(task_id, 'not ours')}): {reason or json.dumps(entry)}")
+    failed = json.loads((folder / "database.json").read_text())["failed"]
+    print(f"\nDelivered: {len(delivered.items() & wanted.items())} of {len(wanted)}")
+    print(f"ON_DONE ran for: {len(done.items() & wanted.items())} of {len(wanted)}")
+    print(f"Failed: {len(failed)}, expected {len(bad)}")
     print(f"The files are in {folder / 'orders'}, and copies in {folder / 'done'}")
-    for path in files:
-        print(f"  {path.stat().st_size:>9,}  {path.relative_to(folder / 'orders')}")
-    whole = not missing and not waiting and len(files) == len(done) == len(wanted)
-    return whole and set(state["failed"]) == bad and not state["orders"]
+    for path in sorted(folder.glob("orders/[!.]*")):
+        print(f"  {path.stat().st_size:>9,}  {path.name}")
+    return delivered == done == wanted and set(failed) == set(bad)
 
 
 def run_poller() -> int:
     with Sandbox(picture=True) as grafx:
-        orders, bad = place_orders(grafx)
-        folder = new_folder(orders)
-        print(f"A sandbox of GraFx is at {grafx.base_url}")
-        print(f"{len(orders)} orders are in {folder / 'database.json'}:")
-        for task_id, what in orders.items():
+        slow = grafx.add("png", after=3, size=2_000_000)
+        grafx.fault("download", "slow", task_id=slow, times=None, rate=500_000)
+        good = {
+            grafx.add("png"): "PNG, ready",
+            grafx.add("png", after=3): "PNG that renders for 3 s",
+            slow: "PNG that renders for 3 s and downloads for 4 s",
+            **{grafx.add(kind): kind.upper() for kind in ("jpg", "pdf", "gif", "mp4", "zip")},
+        }
+        bad = {
+            grafx.add("failed"): "a render that fails",
+            grafx.add("expired"): "a file that is no longer there",
+        }
+        folder = new_folder(good | bad)
+        print(f"A local GraFx is at {grafx.base_url}")
+        print(f"{len(good | bad)} orders are in {folder / 'database.json'}:")
+        for task_id, what in (good | bad).items():
             print(f"  {task_id}  {what}")
-        (folder / "done").mkdir()
         on_done = f"cp {{}} {shlex.quote(str(folder / 'done'))}"
-        print(f"Each file is given to ON_DONE={on_done}")
-        print("Now the poller. Ctrl-C stops both.\n", flush=True)
+        print(f"The poller starts, with ON_DONE={on_done}. Ctrl-C stops both.\n", flush=True)
 
         hurry = {"POLL_INTERVAL": "5", "GIVE_UP_AFTER": "3", "ON_DONE": on_done}
         environment = os.environ | grafx.settings(folder) | hurry
@@ -1181,8 +1131,12 @@ def run_poller() -> int:
         try:
             trouble = watch(poller, folder / "database.json")
         finally:
-            stop(poller)
-        as_expected = summarize(grafx, folder, orders, bad)
+            poller.terminate()
+            try:
+                poller.wait(15)
+            except subprocess.TimeoutExpired:
+                poller.kill()
+        as_expected = summarize(grafx, folder, good, bad)
     if trouble:
         print(trouble, file=sys.stderr)
     return 0 if as_expected and not trouble else 1
@@ -1190,7 +1144,7 @@ def run_poller() -> int:
 
 def serve() -> int:
     with Sandbox(picture=True) as grafx:
-        print("# These lines can be a .env. The sandbox serves until Ctrl-C.")
+        print("# Put these lines into .env. The local GraFx serves until Ctrl-C.")
         for name, value in grafx.settings(new_folder({})).items():
             print(f"{name}={value}")
         credentials = {
@@ -1201,11 +1155,11 @@ def serve() -> int:
         }
         print(
             f"""
-# To place an order (png, jpg, pdf, gif, mp4, html, image or animation), get a token, then ask with it:
+# To order a render (png, jpg, pdf, gif, mp4, html, image or animation), get a token, and send it:
 # TOKEN=$(curl -s {grafx.token_url} -H 'Content-Type: application/json' -d '{json.dumps(credentials)}' \\
 #     | {Path(sys.executable).name} -c 'import json, sys; print(json.load(sys.stdin)["access_token"])')
 # curl -X POST {grafx.root}/png -H "Authorization: Bearer $TOKEN"
-# The taskId of the answer is the order: python db.py add TASK_ID""",
+# Then add the taskId of the answer: python db.py add TASK_ID""",
             flush=True,
         )
         threading.Event().wait()
@@ -1215,9 +1169,7 @@ def serve() -> int:
 def main() -> int:
     about = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument(
-        "--serve", action="store_true", help="only serve, until Ctrl-C; do not run the poller"
-    )
+    parser.add_argument("--serve", action="store_true", help="only serve, until Ctrl-C, without the poller")
     arguments = parser.parse_args()
     # A stop from outside has to stop the poller as well, so it goes the way of Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import email.utils
-import errno
-import gzip
 import json
 import os
 import re
-import resource
-import signal
 import socket
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,27 +62,11 @@ class Client:
         ]
         return raised.value
 
-    def retried(self, *tasks: str) -> list[chili.TaskRejected | chili.TryAgainLater]:
-        """Poll one after the other until all are delivered; the exceptions on the way."""
-        errors: list[chili.TaskRejected | chili.TryAgainLater] = []
-        for task in tasks:
-            while True:
-                try:
-                    if self(task):
-                        break
-                except (chili.TaskRejected, chili.TryAgainLater) as error:
-                    errors.append(error)
-                    assert len(errors) < 10 * len(tasks)
-        assert self.files() == sorted(f"{task}.png" for task in tasks)
-        for task in tasks:
-            assert (self.folder / f"{task}.png").read_bytes() == self.grafx.body(task), "another task's file"
-        return errors
-
     def files(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir())
 
     def requests(self, what: str) -> list[Request]:
-        return [request for request in self.grafx.requests if request.what == what]
+        return self.grafx.asked(what)
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +75,20 @@ def proxies_of_this_test() -> Iterator[None]:
     chili._proxies_and_certificates.cache_clear()
     yield
     chili._proxies_and_certificates.cache_clear()
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets so many seconds pass at once for `chili`."""
+    passed = 0.0
+
+    def let_pass(seconds: float) -> None:
+        nonlocal passed
+        passed += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed, sleep=time.sleep)
+    monkeypatch.setattr(chili, "time", clock)
+    return let_pass
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +139,8 @@ def test_a_finished_task_is_delivered_byte_for_byte(poll: Client, kind: str) -> 
         ({"body": b"PK\5\6" + bytes(18), "content_type": "application/zip"}, None, "zip"),
         ({"size": 200_000}, ("chunked", {}), "png"),
         ({"size": 200_000}, ("gzip", {}), "png"),
+        # Some gateways name what is no coding, or what they have undone.
+        *(({}, ("coding", {"value": value}), "png") for value in ("aws-chunked", "gzip")),
     ],
 )
 def test_the_extension_is_what_came(poll: Client, task: Any, fault: Any, extension: str) -> None:
@@ -161,64 +156,51 @@ REJECTED, LATER = chili.TaskRejected, chili.TryAgainLater
 
 
 @pytest.mark.parametrize(
-    ("task", "fault", "kind"),
+    ("fault", "options", "says"),
     [
-        ({}, ("wrong-type", {}), REJECTED),
-        ({}, ("wrong-type", {"type": "text/html"}), REJECTED),
-        ({}, ("wrong-type", {"type": "image/webp"}), REJECTED),
-        ({"kind": "pdf"}, ("wrong-type", {"type": "image/png"}), REJECTED),
-        ({"body": b"%PDX-1.4", "content_type": "application/pdf"}, None, REJECTED),
-        ({"body": b"\n<html>Error</html>"}, ("octet", {}), REJECTED),
-        ({"body": b' {"error": "x"}'}, ("octet", {}), REJECTED),
-        ({}, ("html", {}), REJECTED),
-        ({}, ("other-json", {}), REJECTED),
-        ({}, ("empty", {}), REJECTED),
-        ({"body": b""}, ("octet", {}), REJECTED),
-        ({}, ("cut", {}), REJECTED),
-        ({"size": 300_000}, ("cut", {}), REJECTED),
-        ({}, ("length-short", {}), REJECTED),
-        *(
-            ({"kind": kind, "size": 300_000}, fault, LATER)
-            for kind in ("png", "jpg")
-            for fault in (
-                ("length-long", {}),
-                ("reset", {"at": 100_000}),
-                ("close", {"at": 100_000}),
-                ("close", {"at": 0}),
-                ("chunked-cut", {}),
-                ("close-end", {}),
-                ("gzip-cut", {}),
-            )
-        ),
+        ("length-long", {}, "the answer broke off after 300.0 kB of 301.0 kB"),
+        ("reset", {"at": 100_000}, "the answer broke off after "),
+        ("close", {"at": 100_000}, "the answer broke off after 100.0 kB of 300.0 kB"),
+        ("close", {"at": 0}, "the answer broke off after 0 bytes of 300.0 kB"),
+        ("chunked-cut", {}, "the answer broke off after "),
+        ("close-end", {}, "neither a length nor an end"),
+        ("gzip-cut", {}, "the answer broke off after "),
     ],
 )
-def test_what_is_not_the_whole_file_is_never_delivered(
-    poll: Client, task: Any, fault: Any, kind: Any
+def test_a_file_that_breaks_off_is_never_delivered(poll: Client, fault: str, options: Any, says: str) -> None:
+    """Also of a format whose end is not looked at."""
+    task = poll.grafx.add("jpg", size=300_000)
+    poll.grafx.fault("download", fault, **options)
+    error = poll.fails(task)
+    assert isinstance(error, chili.NotUnderstood)
+    assert says in str(error)
+    assert poll(task)
+    assert (poll.folder / f"{task}.jpg").read_bytes() == poll.grafx.body(task)
+
+
+@pytest.mark.parametrize(
+    ("body", "says", "proven"),
+    [
+        (b"\x89PNG\r\n\x1a\n and no end", "image/png", True),
+        (b"\x89PNG\r\n\x1a\n", "text/html", True),  # nobody else's answer begins so
+        (b"%PDX-1.4", "application/pdf", False),  # it may be a page for all orders
+        (b"\n<html>Error</html>", "application/octet-stream", False),
+        (b"", "image/png", False),
+    ],
+)
+def test_a_file_that_is_not_what_it_says_rejects_the_task(
+    poll: Client, body: bytes, says: str, proven: bool
 ) -> None:
-    task_id = poll.grafx.add(**task)
-    if fault:
-        poll.grafx.fault("download", fault[0], task_id=task_id, **fault[1])
-    error = poll.fails(task_id)
-    assert isinstance(error, kind)
-    if isinstance(error, REJECTED):
-        assert error.status == 200
-        assert not error.final
-    if "body" not in task:
-        assert poll(task_id)  # a passing fault
-        assert (poll.folder / poll.files()[0]).read_bytes() == poll.grafx.body(task_id)
+    error = poll.fails(poll.grafx.add(body=body, content_type=says))
+    assert isinstance(error, REJECTED)
+    assert (error.status, error.proven, error.final) == (200, proven, False)
 
 
 @pytest.mark.parametrize("extension", TYPES)
-def test_a_file_that_is_there_is_found_without_a_poll(
-    poll: Client, monkeypatch: pytest.MonkeyPatch, extension: str
-) -> None:
-    """A process may have been killed between the rename and the fsync of the folder."""
+def test_a_file_that_is_there_is_found_without_a_poll(poll: Client, extension: str) -> None:
     file = poll.folder / f"task.{extension}"
     file.write_bytes(b"here")
-    synced: list[bool] = []
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(stat.S_ISDIR(os.fstat(fd).st_mode)))
     assert chili.find_file(poll.folder, "task") == poll("task") == file
-    assert synced == [True]
     assert poll.grafx.requests == []
     assert chili.find_file(poll.folder, "other") is None
     file.rename(poll.folder / "other")
@@ -226,196 +208,64 @@ def test_a_file_that_is_there_is_found_without_a_poll(
     assert chili.find_file(poll.folder, "task") is None
 
 
-def test_the_file_is_durable_before_it_has_its_name_and_the_name_before_it_is_delivered(
-    poll: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = poll.grafx.add()
-    real, steps = os.fsync, []
-
-    def fsync(fd: Any) -> None:
-        real(fd)
-        found = os.fstat(fd if isinstance(fd, int) else fd.fileno())
-        steps.append((stat.S_ISDIR(found.st_mode) or found.st_size, f"{task}.png" in poll.files()))
-        assert all(name.startswith(".") or name == f"{task}.png" for name in poll.files())
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    assert poll(task)
-    assert steps == [(len(poll.grafx.body(task)), False), (True, True)]
-
-
-def test_leftovers_are_removed_and_nothing_else(poll: Client) -> None:
-    task = poll.grafx.add(size=500_000)
-    names = ["84ad7436.png", ".keep", "notes.txt"]
-    for name in names:
-        (poll.folder / name).touch()
-    half: set[str] = set()
-    assert poll(task, progress=lambda *_: half.update(set(poll.files()) - set(names)))
-    assert half
-    for name in half:  # as a killed process leaves it
-        assert name.startswith(".")
-        (poll.folder / name).write_bytes(b"half")
-    chili.remove_leftovers(poll.folder)
-    assert poll.files() == sorted([*names, f"{task}.png"])
-
-
-def test_a_full_disk_is_the_callers_to_handle(poll: Client) -> None:
-    task = poll.grafx.add(size=500_000)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        with pytest.raises(OSError) as raised:
-            poll(task)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert raised.value.errno == errno.EFBIG
-    assert poll.files() == []
-    assert poll.delivers(task)
-
-
-@pytest.mark.parametrize("place", ["missing", "a file"])
-def test_a_folder_that_cannot_be_written_is_the_callers_to_handle(poll: Client, place: str) -> None:
-    task = poll.grafx.add()
-    poll.folder.rmdir()
-    if place == "a file":
-        poll.folder.touch()
-    with pytest.raises(OSError) as raised:
-        poll(task)
-    assert raised.value.errno == (errno.ENOTDIR if place == "a file" else errno.ENOENT)
-    poll.folder.unlink(missing_ok=True)
-    poll.folder.mkdir()
-    assert poll.delivers(task)
-
-
-def test_a_folder_in_a_files_place_is_retried(poll: Client) -> None:
-    task = poll.grafx.add()
-    (poll.folder / f"{task}.png").mkdir()
-    with pytest.raises(LATER, match=r"\.png is a folder, .*: move it away") as raised:
-        poll(task)
-    assert not raised.value.shared
-    assert poll.files() == [f"{task}.png"]
-    (poll.folder / f"{task}.png").rmdir()
-    assert poll.delivers(task)
-
-
 # --- what GraFx may answer instead -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("what", "fault", "options", "status"),
-    [
-        *(
-            (what, f"status-{status}", {}, status)
-            for what in ("task", "download")
-            for status in (500, 404, 403, 400)
-        ),
-        ("task", "status-410", {}, 410),
-        ("task", "no-link", {}, 200),
-        *(
-            ("task", "bad-link", {"link": link}, 200)
-            for link in ("not a link", "", None, 5, {}, "ftp://127.0.0.1/x", "file:///etc/passwd", "/x", "http://",
-                         "http://[::1", "http://127.0.0.1:port/", "http://127.0.0.1:99999/", "http://a b/")
-        ),
-        *(
-            ("task", "other-json", {"value": value}, 200)
-            for value in ([], None, 5, {"links": []}, {"links": None})
-        ),
-        ("task", "html", {}, 200),
-        ("task", "empty", {}, 200),
-        ("task", "cut-json", {}, 200),
-        ("task", "huge", {"size": TOO_LONG}, 200),
-    ],
-)  # fmt: skip
-def test_answers_that_reject_the_task(poll: Client, what: str, fault: str, options: Any, status: int) -> None:
-    task = poll.grafx.add()
-    poll.grafx.fault(what, fault, **options)
-    error = poll.fails(task)
-    assert isinstance(error, REJECTED)
-    assert (error.status, error.final) == (status, False)
-    assert poll(task)
+HTML = {"body": PAGE, "content_type": "text/html"}
 
 
-@pytest.mark.parametrize("what", ["task", "download"])
 @pytest.mark.parametrize(
     ("fault", "options"),
     [
-        *((f"status-{status}", {}) for status in (408, 425, 429, 502, 503, 504, 507)),
-        ("status-503", {"body": b"<html>", "content_type": "text/html"}),
-        ("500-plain", {}),
-        ("500-empty", {}),
-        *(("coding", {"value": value}) for value in ("deflate", "br", "zstd", "gzip, gzip")),
-        ("status-502", {"body": b"", "content_type": "text/plain"}),
-        ("reset", {}),
-        ("close", {}),
-        ("redirect-loop", {}),
+        *(
+            ("bad-link", {"link": link})
+            for link in (5, "file:///etc/passwd", "http://[::1", "http://127.0.0.1:99999/")
+        ),
+        *(("other-json", {"value": value}) for value in (None, {"links": []})),
+        ("huge", {"size": TOO_LONG}),
     ],
 )
-def test_answers_that_are_retried(poll: Client, what: str, fault: str, options: Any) -> None:
-    task = poll.grafx.add()
-    poll.grafx.fault(what, fault, times=None, **options)
-    assert isinstance(poll.fails(task), LATER)
-    assert len(poll.requests(what)) < 20
-    poll.grafx.clear_faults()
-    assert poll(task)
-
-
-@pytest.mark.parametrize("status", [202, 204])
-@pytest.mark.parametrize("body", [b"", b"{}", b'{"data": {"status": "pending"}}', PAGE])
-def test_a_202_means_the_same_as_a_204(poll: Client, status: int, body: bytes) -> None:
-    """CHILI's example startPollingOnEndpoint.ts takes a 202 for "not finished"."""
-    task = poll.grafx.add()
-    if status == 202:
-        poll.grafx.fault("task", "status-202", times=2, body=body)
-    else:
-        poll.grafx._tasks[task].questions = 2
-    assert [poll(task), poll(task)] == [None, None]
-    assert poll.delivers(task)
-    assert [request.status for request in poll.requests("task")] == [status, status, 200]
-    assert len({request.peer for request in poll.requests("task")}) == 1
-
-
-@pytest.mark.parametrize("status", [202, 204])
-def test_a_download_that_is_not_ready_is_retried(poll: Client, status: int) -> None:
-    task = poll.grafx.add()
-    poll.grafx.fault("download", f"status-{status}")
-    error = poll.fails(task)
-    assert isinstance(error, LATER)
-    assert not isinstance(error, chili.CredentialsRejected)
-    assert not error.shared
-    assert poll.delivers(task)
-
-
-def test_silence_is_retried(poll: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chili, "TIMEOUT", (0.3, 0.3))
-    task = poll.grafx.add(size=300_000)
-    for what, fault, options in (
-        ("task", "hang", {}),
-        ("download", "hang", {}),
-        ("download", "slow", {"rate": 1}),
-        ("token", "hang", {}),
-    ):
-        if what == "token":
-            poll.grafx.revoke()
-        poll.grafx.fault(what, fault, **options)
-        assert isinstance(poll.fails(task), LATER)
-    assert poll(task)
-
-
-@pytest.mark.parametrize("address", ["http://127.0.0.1:1", "http://grafx.invalid", "https"])
-def test_an_unreachable_server_is_retried(
-    poll: Client, address: str, monkeypatch: pytest.MonkeyPatch
+def test_an_answer_without_a_link_that_can_be_followed_rejects_the_task(
+    poll: Client, fault: str, options: Any
 ) -> None:
-    monkeypatch.setattr(chili, "TIMEOUT", (0.5, 0.5))
-    poll.at(poll.grafx.base_url.replace("http", "https") if address == "https" else address)
-    assert isinstance(poll.fails("task"), LATER)
-
-
-def test_410_at_the_download_is_final_at_once(poll: Client) -> None:
-    error = poll.fails(poll.grafx.add("expired"))
+    task = poll.grafx.add()
+    poll.grafx.fault("task", fault, **options)
+    error = poll.fails(task)
     assert isinstance(error, REJECTED)
-    assert (error.status, error.final) == (410, True)
-    assert "no longer available: GraFx keeps a file for 4 hours" in str(error)
+    assert (error.status, error.proven, error.final) == (200, False, False)
+    assert poll(task)
+
+
+def test_another_servers_500_or_400_proves_nothing(poll: Client, wire: Callable[..., Wire]) -> None:
+    body = b'{"title": "No such blob"}'
+    for status, kind in ((500, LATER), (400, REJECTED)):
+        answer = f"HTTP/1.1 {status} Oops\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        elsewhere = wire(lambda *_, answer=answer: answer)
+        error = poll.fails(poll.grafx.add(link=f"{elsewhere.url}/file"))
+        assert type(error) is kind
+        assert not getattr(error, "proven", False)
+
+
+def test_without_a_link_the_address_of_its_download_is_tried(poll: Client) -> None:
+    """From where CHILI's own web client downloads. Only if there is nothing either, the task is rejected."""
+    task = poll.grafx.add()
+    poll.grafx.fault("task", "bad-link", times=2, link="")
+    poll.grafx.fault("download", "status-404")
+    error = poll.fails(task)
+    assert isinstance(error, REJECTED)
+    assert (error.status, error.proven) == (404, False)
+    assert poll.delivers(task)
+    assert len(poll.requests("download")) == 2
+
+
+@pytest.mark.parametrize(
+    "link", ["{task}/download", "{path}/{task}/download", "//{host}{path}/{task}/download"]
+)
+def test_a_relative_link_begins_at_the_answers_address(poll: Client, link: str) -> None:
+    task = "84ad7436-f82f-4e87-8cd3-37299e37878c"
+    host, _, path = f"{poll.grafx.root}/tasks".removeprefix("http://").partition("/")
+    poll.grafx.add(task_id=task, link=link.format(task=task, host=host, path=f"/{path}"))
+    assert poll.delivers(task)
 
 
 def test_a_rejection_says_in_one_line_what_grafx_said(poll: Client) -> None:
@@ -430,34 +280,37 @@ def test_a_rejection_says_in_one_line_what_grafx_said(poll: Client) -> None:
     assert str(error).startswith("Line 1 Line 2")
     assert str(error).isprintable()
     assert len(str(error)) < 2000
+    said = f"image/\x1b[31m{poll.grafx.client_secret}\x07" + "x" * 5000
+    poll.grafx.fault("download", "wrong-type", type=said)
+    error = poll.fails(task)
+    assert str(error).startswith("the file says image/ [31m[secret] xxx")
+    assert str(error).isprintable()
+    assert len(str(error)) < 600
 
 
 @pytest.mark.parametrize(
     ("value", "least", "most"),
     [
         ("7", 7, 7),
-        ("0", 0, 0),
-        ("99999", 300, 300),
         ("9" * 400, 300, 300),
-        ("in 100 s", 90, 100),
-        ("in 9999 s", 300, 300),
+        ("in 200 s", 100, 200),
         ("in -100 s", 0, 0),
-        *((value, None, None) for value in ("soon", "", "-5", "\xb2", "1 2", "Wed, 99 Foo 2026", "nan")),
+        *((value, None, None) for value in ("soon", "", "-5", "\xb2", "Wed, 99 Foo 2026")),
     ],
 )
-@pytest.mark.parametrize("what", ["token", "task", "download"])
-def test_retry_after_is_understood(poll: Client, what: str, value: str, least: Any, most: Any) -> None:
+def test_retry_after_is_understood(poll: Client, value: str, least: Any, most: Any) -> None:
     task = poll.grafx.add()
     if value.startswith("in "):
         value = email.utils.formatdate(time.time() + int(value.split()[1]), usegmt=True)
-    poll.grafx.fault(what, "status-429", retry_after=value)
-    error = poll.fails(task)
-    assert isinstance(error, LATER)
-    if least is None:
-        assert error.retry_after is None
-    else:
-        assert error.retry_after is not None
-        assert least - 1 <= error.retry_after <= most
+    for what, status in (("token", 429), ("task", 503), ("download", 425)):
+        poll.grafx.fault(what, f"status-{status}", retry_after=value)
+        error = poll.fails(task)
+        assert isinstance(error, LATER)
+        if least is None:
+            assert error.retry_after is None
+        else:
+            assert error.retry_after is not None
+            assert least <= error.retry_after <= most
 
 
 # --- the token -------------------------------------------------------------------------------
@@ -477,32 +330,25 @@ def test_one_token_is_shared_by_all_requests(poll: Client) -> None:
     assert len(poll.files()) == 120
 
 
-def test_it_is_renewed_before_its_end(grafx: Sandbox, tmp_path: Path) -> None:
-    grafx.expires_in = 2
-    poll = Client(grafx, tmp_path / "orders")
-    task = grafx.add("never")
-    poll(task)
-    poll(task)
-    assert len(poll.requests("token")) == 1
-    time.sleep(1.2)
-    poll(task)
-    assert len(poll.requests("token")) == 2
-    assert {request.status for request in poll.requests("task")} == {204}
-    assert 120 <= chili.TOKEN_MARGIN <= 600  # where it lasts longer
-
-
-@pytest.mark.parametrize(("pause", "retry_after"), [(0.0, "300"), (60.0, "0")])
-def test_a_renewal_that_fails_holds_up_nobody_while_the_old_token_is_good(
-    poll: Client, monkeypatch: pytest.MonkeyPatch, pause: float, retry_after: str
+def test_it_is_renewed_before_its_end_and_at_most_once_a_minute_where_that_fails(
+    poll: Client, later: Callable[[float], None]
 ) -> None:
+    """Which holds up nobody, as long as the old one is good."""
     task = poll.grafx.add("never")
     assert poll(task) is None
-    poll.environment.token._renew = 0.0
-    poll.grafx.fault("token", "status-429", times=None, retry_after=retry_after)
-    monkeypatch.setattr(chili, "TOKEN_PAUSE", pause)  # the longer of the two counts
+    later(86_400 - chili.TOKEN_MARGIN - 100)
+    assert poll(task) is None
+    assert len(poll.requests("token")) == 1
+    later(150)
+    poll.grafx.fault("token", "status-429", times=2, retry_after="0")
     assert [poll(task), poll(task)] == [None, None]
-    assert [request.status for request in poll.requests("token")] == [200, 429]
+    later(60)
+    assert [poll(task), poll(task)] == [None, None]
+    later(60)
+    assert [poll(task), poll(task)] == [None, None]
+    assert [request.status for request in poll.requests("token")] == [200, 429, 429, 200]
     assert {request.status for request in poll.requests("task")} == {204}
+    assert chili.TOKEN_MARGIN >= 200
 
 
 def test_a_401_fetches_a_new_one_and_repeats_the_request(poll: Client) -> None:
@@ -513,10 +359,11 @@ def test_a_401_fetches_a_new_one_and_repeats_the_request(poll: Client) -> None:
     assert [len(poll.requests("token")), len(poll.grafx.tokens)] == [2, 1]
 
 
-@pytest.mark.parametrize("what", ["task", "download"])
-@pytest.mark.parametrize("stubborn", [False, True], ids=["a new token", "the same token again"])
+@pytest.mark.parametrize(
+    ("what", "stubborn"), [("task", False), ("download", True)], ids=["a new token", "the same token again"]
+)
 def test_a_401_renews_the_token_at_most_once_a_minute(
-    poll: Client, monkeypatch: pytest.MonkeyPatch, what: str, stubborn: bool
+    poll: Client, later: Callable[[float], None], what: str, stubborn: bool
 ) -> None:
     assert poll(poll.grafx.add("never")) is None
     poll.grafx.stubborn = stubborn
@@ -526,22 +373,24 @@ def test_a_401_renews_the_token_at_most_once_a_minute(
     assert all(isinstance(error, LATER) and "401 Unauthorized" in str(error) for error in errors)
     assert len(poll.requests("token")) == 2
     assert len([request for request in poll.requests(what) if request.status == 401]) == 11
-    for task in (poll.grafx.add(), poll.grafx.add()):  # nobody else is held up
-        assert poll.delivers(task)
-        (poll.folder / f"{task}.png").unlink()
+    task = poll.grafx.add()  # nobody else is held up
+    assert poll.delivers(task)
+    (poll.folder / f"{task}.png").unlink()
     assert len(poll.requests("token")) == 2
-    monkeypatch.setattr(chili, "TOKEN_PAUSE", 0.0)  # a minute is over
+    later(60)
     assert isinstance(poll.fails(bad[0]), LATER)
     assert len(poll.requests("token")) == 3
     poll.grafx.clear_faults()
     assert poll.delivers(bad[0])
 
 
-def test_threads_that_are_answered_401_together_all_repeat_their_request(poll: Client) -> None:
-    rounds = 10
+def test_threads_that_are_answered_401_together_all_repeat_their_request(
+    poll: Client, later: Callable[[float], None]
+) -> None:
+    rounds = 5
     with ThreadPoolExecutor(8) as threads:
         for _ in range(rounds):
-            poll.environment.token._replaced = -float("inf")  # a minute is over
+            later(60)
             poll.grafx.revoke()
             assert all(threads.map(poll, [poll.grafx.add() for _ in range(8)]))
     assert len(poll.requests("token")) == rounds
@@ -558,57 +407,41 @@ def test_a_401_of_another_server_renews_nothing_and_is_not_repeated(
     assert len(poll.requests("token")) == 1
 
 
-def test_who_waits_for_the_token_says_why(
-    grafx: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A head that trickles holds its thread, which holds the token's lock."""
-    monkeypatch.setattr(chili, "TIMEOUT", (0.2, 0.2))
-    poll = Client(grafx, tmp_path / "orders")
-    grafx.fault("token", "trickle", pace=0.02)
-
-    def hold() -> None:
-        with suppress(LATER):  # when the sandbox stops
-            poll("held")
-
-    threading.Thread(target=hold, daemon=True).start()
-    eventually(lambda: poll.requests("token"))
-    error = poll.fails("task")
+def test_who_waits_for_the_token_says_why(poll: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread asks for it, and has no answer yet."""
+    over = threading.Event()
+    poll.grafx.fault("token", "delay", until=over)
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            asks = threads.submit(poll.environment.token.get)
+            eventually(lambda: poll.requests("token"))
+            monkeypatch.setattr(chili, "TIMEOUT", (0.1, 0.1))
+            error = poll.fails("task")
+        finally:
+            over.set()
+        assert asks.result().startswith("Bearer ")
     assert isinstance(error, LATER)
     assert error.shared
-    assert f"no token: {grafx.token_url} has not answered yet" in str(error)
+    assert f"no token: {poll.grafx.token_url} has not answered yet" in str(error)
     assert len(poll.requests("token")) == 1
-
-
-def test_rejected_credentials_have_an_exception_of_their_own(poll: Client) -> None:
-    poll.grafx.refuse_credentials = True
-    error = poll.fails(poll.grafx.add())
-    assert isinstance(error, chili.CredentialsRejected)
-    assert error.shared
-    assert "Unauthorized" in str(error)
 
 
 @pytest.mark.parametrize(
     ("fault", "options"),
     [
-        *((f"status-{status}", {}) for status in (404, 429, 500, 503)),
-        *((f"status-{status}", {"body": PAGE, "content_type": "text/html"}) for status in (400, 401, 403)),
-        *((name, {}) for name in ("cut-json", "html", "empty", "reset", "redirect-away", "echo-token")),
-        *(  # a gateway's words, or a passing error of RFC 6749 (section 5.2) and RFC 8628
+        ("redirect-away", {}),
+        ("echo-token", {}),
+        ("status-401", HTML),
+        *(  # a gateway's words, or a passing error of RFC 6749 (section 5.2)
             (f"status-{status}", {"body": json.dumps({"error": word}).encode()})
             for status, word in (
                 (403, "Forbidden"),
                 (400, "temporarily_unavailable"),
-                (400, "server_error"),
-                (401, "slow_down"),
-                (403, "Rate limit reached"),
                 (403, ["access_denied"]),
             )
         ),
         ("huge", {"size": TOO_LONG}),
-        *(
-            ("other-json", {"value": value})
-            for value in ([], {}, *({"access_token": token} for token in ("", None, [], "two\nlines", "é")))
-        ),
+        *(("other-json", {"value": {"access_token": token}}) for token in ("", None, [], "two\nlines", "é")),
     ],
 )
 def test_no_token_is_retried(poll: Client, fault: str, options: Any) -> None:
@@ -624,15 +457,15 @@ def test_no_token_is_retried(poll: Client, fault: str, options: Any) -> None:
     assert poll(task)
 
 
-@pytest.mark.parametrize("lasts", [None, "soon", -1, 0, 1e400, [], True])
+@pytest.mark.parametrize("lasts", [None, "soon", -1, 1e400])
 def test_a_token_that_does_not_say_how_long_it_lasts_serves(poll: Client, lasts: Any) -> None:
     task = poll.grafx.add("never")
     assert not poll(task)
     value = {"access_token": poll.grafx.tokens[0], "expires_in": lasts}
     poll.grafx.fault("token", "other-json", value=value)
-    other = Client(poll.grafx, poll.folder / "other")
-    other(task)
-    other(task)
+    poll.at(poll.grafx.base_url)
+    poll(task)
+    poll(task)
     assert len(poll.requests("token")) == 2
 
 
@@ -662,14 +495,11 @@ def hosts(grafx: Sandbox) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("link", "followed"),
     [
-        ("http://{elsewhere}/file/{task}", True),
         ("HTTP://{elsewhere}/file/{task}?signature=s", True),
         ("http://{home}@{elsewhere}/file/{task}", None),
         ("http://{elsewhere}\\@{home}/file/{task}", None),
         ("http://{home}\\@{elsewhere}/file/{task}", None),
         ("http://{elsewhere}#@{home}/file/{task}", None),
-        ("http://{home}:80@{elsewhere}/file/{task}", None),
-        ("http://{elsewhere}%2f@{home}/file/{task}", None),
         ("http://{elsewhere}\t@{home}/file/{task}", None),
     ],
 )
@@ -701,47 +531,25 @@ def test_a_password_in_a_link_is_neither_sent_nor_logged(
     assert "hidden" not in caplog.text
 
 
-@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-def test_a_redirect_elsewhere_is_followed_without_it(poll: Client, code: int) -> None:
-    task = poll.grafx.add()
-    poll.grafx.fault("download", "redirect-away", code=code)
-    assert poll(task)
-    (request,) = poll.requests("elsewhere")
-    assert "Authorization" not in request.headers
-
-    other = poll.grafx.add()
-    poll.grafx.fault("task", "redirect-away", code=code)
-    with pytest.raises((REJECTED, LATER)):
-        poll(other)  # a picture is no answer
-    assert "Authorization" not in poll.requests("elsewhere")[1].headers
-
-
-@pytest.mark.parametrize("what", ["task", "download"])
-def test_a_redirect_on_the_same_server_is_followed_with_it(poll: Client, what: str) -> None:
-    poll.grafx.fault(what, "redirect-same")
-    assert poll(poll.grafx.add())
-    assert len(poll.requests(what)) == 2
-    assert all("Authorization" in request.headers for request in poll.requests(what))
-
-
-@pytest.mark.parametrize("what", ["token", "task", "download", "elsewhere"])
 @pytest.mark.parametrize("redirect", ["", "redirect-same", "redirect-away"])
 def test_netrc_is_never_used(
-    poll: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, redirect: str
+    poll: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, redirect: str
 ) -> None:
     netrc = tmp_path / ".netrc"
     netrc.write_text("machine 127.0.0.1 login me password mine\ndefault login me password mine\n")
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
     monkeypatch.setenv("HOME", str(tmp_path))
-    link = f"{poll.grafx.elsewhere}/file/task" if what == "elsewhere" else None
-    poll.grafx.add(task_id="task", link=link)
-    if redirect:
-        poll.grafx.fault(what, redirect)
-    with suppress(REJECTED, LATER):
-        poll("task")
-    assert not redirect or [request for request in poll.grafx.requests if request.fault]
-    assert poll("task")
+    for what in ("token", "task", "download", "elsewhere"):
+        task, link = poll.grafx.add(task_id=what), f"{poll.grafx.elsewhere}/file/{what}"
+        poll.grafx.add(task_id=what, link=link if what == "elsewhere" else None)
+        poll.at(poll.grafx.base_url)
+        if redirect:
+            fault = poll.grafx.fault(what, redirect)
+            with suppress(REJECTED, LATER):
+                poll(task)
+            assert fault.times == 0
+        assert poll(task)
     for request in poll.grafx.requests:
         home = poll.grafx.base_url.endswith(request.headers["Host"]) and request.what != "token"
         sent = request.headers.get("Authorization")
@@ -768,9 +576,7 @@ def test_cookies_are_never_sent(tmp_path: Path) -> None:
         assert len({request.peer for request in poll.requests("task")}) == 1
 
 
-@pytest.mark.parametrize(
-    "to", ["ftp://127.0.0.1/x", "file:///etc/passwd", "http://[::1", "http://a:b/", "http://\xff/"]
-)
+@pytest.mark.parametrize("to", ["ftp://127.0.0.1/x", "http://[::1", "http://\xff/"])
 @pytest.mark.parametrize("what", ["task", "download"])
 def test_a_redirect_to_what_is_not_an_http_address_is_retried(
     poll: Client, monkeypatch: pytest.MonkeyPatch, what: str, to: str
@@ -866,9 +672,8 @@ def test_a_proxys_password_is_never_shown(
 ) -> None:
     caplog.set_level("DEBUG", "chili")
     for address in (
-        "http://me:hidden@127.0.0.1:99999", "http://me:hidd/en@127.0.0.1:1", "http://me:hidd#en@127.0.0.1:1",
-        "http://me:hidden€@127.0.0.1:1", "http://me:hidden@", "http://me:hidden@[::1", "foo://me:hidden@[::1]:1",
-        "http://me:hidden@127.0.0.1:1",
+        "http://me:hidden@127.0.0.1:99999", "http://me:hidd/en@127.0.0.1:1", "http://me:hidden€@127.0.0.1:1",
+        "http://me:hidden@", "foo://me:hidden@[::1]:1", "http://me:hidden@127.0.0.1:1",
     ):  # fmt: skip
         monkeypatch.setenv("HTTP_PROXY", address)
         poll.at(poll.grafx.base_url)
@@ -879,15 +684,13 @@ def test_a_proxys_password_is_never_shown(
     assert poll.grafx.requests == []
 
 
-@pytest.mark.parametrize(
-    "answer", ["403 Forbidden", "407 Proxy Authentication Required", "407 me:hidden", "oops", ""]
-)
+@pytest.mark.parametrize("answer", ["403 Forbidden", "407 me:hidden", "oops"])
 def test_a_proxy_that_refuses_to_connect_is_named_without_its_password(
     poll: Client, wire: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, answer: str,
 ) -> None:  # fmt: skip
     caplog.set_level("DEBUG", "chili")
-    proxy = wire(lambda *_: f"HTTP/1.1 {answer}\r\n\r\n".encode() if answer else None)
+    proxy = wire(lambda *_: f"HTTP/1.1 {answer}\r\n\r\n".encode())
     monkeypatch.setenv("HTTPS_PROXY", proxy.url.replace("//", "//me:hidden@"))
     monkeypatch.setattr(poll.grafx, "token_url", "https://grafx.invalid/oauth/token")
     poll.at("https://grafx.invalid")
@@ -895,7 +698,8 @@ def test_a_proxy_that_refuses_to_connect_is_named_without_its_password(
     assert isinstance(error, LATER)
     assert error.shared
     if answer[:1] == "4":
-        assert f"the proxy {proxy.url.removeprefix('http://')} refuses to connect" in str(error)
+        problem = "wants a user and a password" if answer[:3] == "407" else "refuses to connect"
+        assert f"the proxy {proxy.url.removeprefix('http://')} {problem}" in str(error)
     if "hidden" not in answer:
         assert "hidden" not in f"{error}{error!r}{caplog.text}"
     assert [line.rpartition(" ")[0] for line in proxy.asked] == ["CONNECT grafx.invalid:443"]
@@ -903,7 +707,7 @@ def test_a_proxy_that_refuses_to_connect_is_named_without_its_password(
 
 def test_a_proxy_may_be_spoken_to_by_tls(
     poll_tls: Client, poll: Client, relay: type[Relay], tls_front: Callable[[int], int],
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, later: Callable[[float], None],
 ) -> None:  # fmt: skip
     proxy = relay()
     port = tls_front(proxy.server_address[1])
@@ -922,10 +726,8 @@ def test_a_proxy_may_be_spoken_to_by_tls(
         assert proxy.asked
         proxy.asked.clear()
     # Through TLS inside TLS, too, a body that is too slow is an error.
-    monkeypatch.setattr(chili, "SLOW_START", 0.3)
-    poll_tls.grafx.fault("download", "slow", rate=200)
     with pytest.raises(chili.NotUnderstood, match="too slow"):
-        poll_tls(poll_tls.grafx.add(size=5000))
+        poll_tls(poll_tls.grafx.add(size=5000), progress=lambda *_: later(61))
 
 
 # --- what servers do to a connection ---------------------------------------------------------
@@ -938,25 +740,6 @@ def raw(line: str, connection: socket.socket, answer: bytes = b"HTTP/1.1 204 No 
 
 def whole(body: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-
-
-@pytest.mark.parametrize("what", ["token", "task", "download"])
-def test_a_late_answer_never_gives_a_wrong_file(poll: Client, what: str) -> None:
-    """A gateway answers, and then, on the same connection, the server behind it."""
-    grafx = poll.grafx
-    other = grafx.add()
-    for number in range(4 * len(LATE)):
-        options = LATE[number // 2 % len(LATE)]  # the same kind in a row, and then the other kinds
-        options = options | ({"task": other} if "task" in options else {})
-        task = grafx.add()
-        if what == "token":
-            poll.environment.token._replaced = -float("inf")  # a minute is over
-            grafx.revoke()
-        fault = grafx.fault(what, "late", task_id=None if what == "token" else task, **options)
-        errors = poll.retried(task)
-        assert fault.times == 0
-        assert all(isinstance(error, LATER) for error in errors), errors
-        (poll.folder / f"{task}.png").unlink()
 
 
 def test_a_late_answer_never_gives_a_wrong_file_to_many_threads(poll: Client) -> None:
@@ -982,41 +765,7 @@ def test_a_late_answer_never_gives_a_wrong_file_to_many_threads(poll: Client) ->
     assert len(poll.files()) == len(tasks)
 
 
-@pytest.mark.parametrize("code", [100, 102, 103])
-@pytest.mark.parametrize("pause", [0, 0.02])
-def test_an_interim_answer_never_gives_a_wrong_file(poll: Client, code: int, pause: float) -> None:
-    """`http.client` knows 100 only; another 1xx is not understood, and the poll is retried."""
-    grafx = poll.grafx
-    for number in range(24):
-        what = ("token", "task", "download")[number % 3]
-        if what == "token":
-            poll.environment.token._replaced = -float("inf")  # a minute is over
-            grafx.revoke()
-        grafx.fault(what, "interim", code=code, number=1 + number % 2, pause=pause)
-        task = grafx.add()
-        errors = poll.retried(task)
-        assert len(errors) == (code != 100), errors
-        assert all(isinstance(error, LATER) for error in errors), errors
-        (poll.folder / f"{task}.png").unlink()
-
-
-def test_another_tasks_answer_is_retried_on_a_new_connection(poll: Client) -> None:
-    tasks = [poll.grafx.add() for _ in range(6)]
-    for task, other in zip(tasks, tasks[1:] + tasks[:1], strict=True):
-        poll.grafx.fault("task", "other-task", task_id=task, task=other)
-    errors = poll.retried(*tasks)
-    assert [str(error) for error in errors] == [
-        f"the answer was another task's: {other}" for other in tasks[1:] + tasks[:1]
-    ]
-    assert all(isinstance(error, chili.NotUnderstood) for error in errors)
-    polls = poll.requests("task")
-    assert [request.task_id for request in polls] == [task for task in tasks for _ in range(2)]
-    for request, following in pairwise(polls):
-        assert (request.peer == following.peer) is (request.fault is None)
-    assert len(poll.requests("download")) == len(tasks)
-
-
-@pytest.mark.parametrize("about", ["upper case", None, 7, [], "left out"])
+@pytest.mark.parametrize("about", ["upper case", None, [], "left out"])
 def test_an_answer_that_names_no_other_task_is_its_own(poll: Client, about: Any) -> None:
     task = poll.grafx.add(task_id="84ad7436-f82f-4e87-8cd3-37299e37878c")
     links = {"download": f"{poll.grafx.root}/tasks/{task}/download"}
@@ -1031,7 +780,7 @@ def test_each_download_has_a_connection_of_its_own(poll: Client) -> None:
         poll.grafx.add(link=None if n % 2 else f"{poll.grafx.elsewhere}/file/{n}", task_id=str(n))
         for n in range(10)
     ]
-    poll.retried(*tasks)
+    assert all(map(poll.delivers, tasks))
     downloads = poll.requests("download") + poll.requests("elsewhere")
     peers = {request.peer for request in downloads}
     assert len(peers) == len(downloads) == len(tasks)
@@ -1042,25 +791,20 @@ def test_each_download_has_a_connection_of_its_own(poll: Client) -> None:
 
 # What keeps its connection, and what does not: see "four rules" in chili.py.
 KEEPS: list[tuple[str, dict[str, Any]]] = [
-    *((f"status-{status}", {}) for status in (202, 400, 403, 404, 410, 422, 429, 500)),
-    ("status-404", {"body": PAGE, "content_type": "text/html"}),
-    ("500-plain", {}),
-    ("500-empty", {}),
+    *((f"status-{status}", {}) for status in (202, 404, 429, 500)),
+    ("status-404", HTML),
     ("no-link", {}),
-    ("html", {}),
     ("empty", {}),
-    ("other-json", {}),
     ("chunked", {}),
     ("gzip", {}),
     ("delay", {"seconds": 0.1}),
     ("redirect-loop", {}),
 ]
 DROPS: list[tuple[str, dict[str, Any]]] = [
-    *((f"status-{status}", {}) for status in (408, 425, 502, 503, 504, 507)),
+    ("status-408", {}),
+    ("status-502", {}),
     ("other-task", {}),
     ("interim", {}),
-    ("interim", {"code": 102, "pause": 0}),
-    ("late", {}),
     ("late", {"pause": 0}),
     ("length-long", {}),
     ("chunked-cut", {}),
@@ -1082,20 +826,19 @@ def test_an_answer_that_is_not_understood_drops_all_idle_connections(
 
     def peers() -> set[tuple[str, int]]:
         """Those of as many polls at the same time."""
-        before = len(grafx.requests)
-        together = threading.Barrier(number)
-
-        def ask(task: str) -> None:
-            together.wait()
-            poll(task)
-
-        grafx.fault("task", "delay", task_id=never, seconds=0.2, times=number)
+        before, together = len(poll.requests("task")), threading.Event()
+        grafx.fault("task", "delay", task_id=never, until=together, times=number)
         with ThreadPoolExecutor(number) as threads:
-            list(threads.map(ask, never))
-        return {request.peer for request in grafx.requests[before:] if request.what == "task"}
+            polls = [threads.submit(poll, task) for task in never]
+            try:
+                eventually(lambda: len(poll.requests("task")) == before + number)
+            finally:
+                together.set()
+            assert [one.result() for one in polls] == [None] * number
+        return {request.peer for request in poll.requests("task")[before:]}
 
     before = peers()
-    assert len(before) > 1
+    assert len(before) == number
     task = grafx.add()
     grafx.fault("task", fault, task_id=task, **options)
     try:
@@ -1105,11 +848,11 @@ def test_an_answer_that_is_not_understood_drops_all_idle_connections(
     else:
         assert kept
     after = peers()
-    assert (after <= before) if kept else not after & before
+    assert after == before if kept else not after & before
 
 
 def test_the_connection_of_an_answer_that_is_left_unread_is_closed(poll: Client) -> None:
-    for fault in ("huge", "coding", "status-401"):
+    for fault in ("huge", "status-401"):
         poll.grafx.requests.clear()
         task = poll.grafx.add()
         poll.grafx.fault("task", fault, task_id=task)
@@ -1124,9 +867,7 @@ def grafx_at(server: Wire) -> chili.GraFx:
     return chili.GraFx(server.url, "e", f"{server.url}/oauth", "id", "secret")
 
 
-@pytest.mark.parametrize(
-    "answer", ["200 OK\r\nContent-Ty", "200 OK\r\n", '200 OK\r\n\r\n{"links": {', "20", "500 Oops\r\n\r\n{"]
-)
+@pytest.mark.parametrize("answer", ["200 OK\r\nContent-Ty", '200 OK\r\n\r\n{"links": {', "20"])
 def test_an_answer_that_is_cut_off_is_retried(wire: Callable[..., Wire], tmp_path: Path, answer: str) -> None:
     def cut_off(line: str, connection: socket.socket) -> bytes:
         said = raw(line, connection, b"")
@@ -1138,42 +879,15 @@ def test_an_answer_that_is_cut_off_is_retried(wire: Callable[..., Wire], tmp_pat
         chili.order_done("a", grafx_at(wire(cut_off)), tmp_path)
 
 
-@pytest.mark.parametrize("what", ["token", "task", "download"])
-@pytest.mark.parametrize("encoding", ["", "gzip"])
-def test_a_body_that_is_too_slow_is_retried(
-    grafx: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, encoding: str
-) -> None:
-    """It comes often enough for the timeout of a read."""
-    poll = Client(grafx, tmp_path / "orders")
-    monkeypatch.setattr(chili, "SLOW_START", 0.3)
-    monkeypatch.setattr(chili, "TIMEOUT", (10.0, 5.0))
-    slow = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n"
-    if encoding:
-        slow += b"Content-Encoding: gzip\r\n"
-    send = grafx._send_oddly
-
-    def drip(connection: socket.socket, request: Request, right: Answer, fault: Any) -> bool:
-        if fault.name != "slow":
-            return send(connection, request, right, fault)
-        connection.sendall(slow + b"\r\n")
-        data = b"\x89PNG\r\n\x1a\n" + os.urandom(100_000)
-        data = gzip.compress(data, compresslevel=0) if encoding else data
-        return grafx._drip(connection, (data[n : n + 10] for n in range(0, 100_000, 10)), 0.005)
-
-    monkeypatch.setattr(grafx, "_send_oddly", drip)
-    task = grafx.add()
-    grafx.fault(what, "slow")
-    error = poll.fails(task)
-    assert isinstance(error, LATER)
-    assert re.search("the answer (is|was) too slow: .* bytes in ", str(error))
-    assert poll.delivers(task)
-
-
-def test_a_slow_start_and_a_slow_end_are_no_error(poll: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = poll.grafx.add(size=5000)
-    poll.grafx.fault("download", "slow", rate=5000)
-    monkeypatch.setattr(chili, "SLOW_START", 0.2)
-    assert poll.delivers(task)
+@pytest.mark.parametrize("fault", ["chunked", "gzip"])
+def test_a_body_that_is_too_slow_is_retried(poll: Client, later: Callable[[float], None], fault: str) -> None:
+    """Below 1,000 bytes a second, after a minute."""
+    task = poll.grafx.add(size=1000)
+    poll.grafx.fault("download", fault, times=2)
+    with pytest.raises(chili.NotUnderstood, match=r"too slow: .* in 6\d s"):
+        poll(task, progress=lambda *_: later(61))
+    assert poll.files() == []
+    assert poll(task, progress=lambda *_: later(10))
 
 
 def test_what_follows_a_bad_file_is_not_the_next_orders_answer(
@@ -1210,16 +924,16 @@ def test_connections_do_not_pile_up(wire: Callable[..., Wire], poll: Client) -> 
         b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwrong",
     ]
-    servers = [wire(lambda *_, answer=answer: answer) for answer in answers for _ in range(5)]
+    servers = [wire(lambda *_, answer=answer: answer) for answer in answers for _ in range(2)]
     for server in servers:
         with suppress(REJECTED, LATER):
             poll(poll.grafx.add(link=f"{server.url}/file"))
         assert server.asked == ["GET /file HTTP/1.1"]
-    assert len(poll.files()) == 5
+    assert len(poll.files()) == 2
     eventually(lambda: not any(server.open for server in servers))
 
 
-@pytest.mark.parametrize("answer", ["HTTP/1.1 200 {echo}", "{echo} 200 OK", "HTTP/1.1 {echo}"])
+@pytest.mark.parametrize("answer", ["HTTP/1.1 200 {echo}", "{echo} 200 OK"])
 def test_a_token_in_a_broken_answer_is_never_shown(
     poll: Client, tmp_path: Path, wire: Callable[..., Wire], answer: str
 ) -> None:
@@ -1256,18 +970,3 @@ def test_an_address_is_requested_to_the_letter_but_without_a_user(
     poll.fails(poll.grafx.add(link=f"{server.url}/first" if redirected else link))
     assert server.asked[-1] == f"GET {asked} HTTP/1.1"
     assert len(server.asked) == 1 + redirected
-
-
-def test_a_file_system_that_cannot_sync_a_folder_is_no_reason_to_stop(
-    poll: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = os.fsync
-
-    def fsync(fd: int) -> None:
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        real(fd)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    task = poll.grafx.add()
-    assert poll(task) == poll.folder / f"{task}.png"

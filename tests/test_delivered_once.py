@@ -10,14 +10,16 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import QUICK, Home, Running, eventually, find_program
-from test_editors import Terminal
+from conftest import QUICK, Home, Running, eventually
+from test_crash import nothing_outlives_it  # noqa: F401
+from test_machine import BEFORE, fill, small
 
 import db
 
@@ -118,45 +120,42 @@ class Store:
         self.path.write_text(text)
 
 
-@pytest.mark.parametrize("number", [5, 200])
-def test_a_store_that_writes_back_what_it_remembers(desk: Desk, number: int) -> None:
+def test_a_store_that_writes_back_what_it_remembers(desk: Desk) -> None:
     home, store = desk.home, Store(desk.home.database)
     running = home.start(before=QUICK)
     tasks = []
-    for _ in range(number):
+    for _ in range(50):
         tasks.append(desk.grafx.add())
         store.order(tasks[-1])  # saved with all before, delivered or not
         time.sleep(0.01)
-    eventually(lambda: store.save() or time.sleep(0.3) or len(desk.runs()) == number, "all are delivered")
+
+    def delivered() -> bool:
+        desk.removed()
+        store.save()
+        return len(desk.runs()) == 50
+
+    eventually(delivered)
     desk.removed()
     before = again(running)
-    for _ in range(5):
+    for _ in range(3):
         store.save()
         desk.removed()
     assert running.stop() == 0
-    assert again(running) == before + 5  # one line for many
+    assert again(running) == before + 3  # one line for many
     store.save()
-    running = home.start(before=QUICK)
-    desk.removed()
-    assert running.stop() == 0
-    assert re.findall(rf"(\d+) orders {AGAIN}", running.log()) == [str(number)]
-    assert "Traceback" not in running.log()
+    ended = home.run("--once")
+    assert (ended.process.returncode, ids(home.waiting())) == (0, set())
+    assert re.findall(rf"(\d+) orders {AGAIN}", ended.log()) == ["50"]
     desk.each_once(tasks)
 
 
 @pytest.mark.parametrize(
-    "re_add",
-    [
-        'cat "$1" > "$2"',
-        'cp -p "$1" "$2"',
-        'cp "$1" new; mv new "$2"',
-        ': > "$2"; sleep 0.5; cat "$1" > "$2"',
-    ],
-    ids=["cat", "a backup", "an editor", "a slow one"],
+    "re_add", ['cp -p "$1" "$2"', 'cp "$1" new; mv new "$2"'], ids=["a backup", "an editor"]
 )
 def test_an_old_file(desk: Desk, re_add: str) -> None:
-    """$1 is a copy of the time before, $2 the database."""
+    """$1 is a copy of the time before, $2 the database. The command has taken the files away."""
     home = desk.home
+    desk.command('mv "$ORDER_FILE" "$FOLDER/filed-$TASK_ID"')
     tasks = desk.orders(3)
     old = home.folder / "old.json"
     old.write_bytes(home.database.read_bytes())
@@ -167,59 +166,23 @@ def test_an_old_file(desk: Desk, re_add: str) -> None:
         desk.removed()
     assert running.stop() == 0
     assert again(running) == 2
-    subprocess.run(["sh", "-ec", re_add, "-", old, home.database], check=True, cwd=home.folder)
-    assert home.run("--once").process.returncode == 0
-    assert ids(home.waiting()) == set()
-    assert home.files() == sorted(f"{task_id}.png" for task_id in tasks)
     desk.each_once(tasks)
 
 
-def test_one_that_is_re_added_is_called_by_its_name(desk: Desk) -> None:
-    home = desk.home
-    (task_id,) = desk.orders(1)
-    running = home.start(before=QUICK)
-    desk.removed()
-    home.wait_for(task_id)
-    running.says(f"WARNING {task_id} {AGAIN}")
-    desk.removed()
-    desk.each_once([task_id])
-
-
-def test_an_editor_that_was_open_all_the_while(desk: Desk) -> None:
-    home = desk.home
-    tasks = desk.orders(3)
-    editor = Terminal(find_program("vim", "vim"), "-u", "NONE", "-N", "-i", "NONE", "-n", str(home.database))
-    editor.shows('"orders"')
-    running = home.start(before=QUICK)
-    desk.removed()
-    for _ in range(2):
-        editor.type(":w!\r")
-        while "really" in editor.shows(r"written|really want to write"):
-            editor.type("y")
-        desk.removed()
-    editor.type(":q!\r")
-    editor.ends()
-    assert running.stop() == 0
-    assert again(running) == 2
-    desk.each_once(tasks)
-
-
-@pytest.mark.parametrize("seconds", [1.6, db.SAVING + 0.6])
-def test_a_file_that_is_moved_aside_and_back(desk: Desk, seconds: float) -> None:
+def test_a_file_that_is_moved_aside_and_back(desk: Desk) -> None:
     """While the commands run: some end while there is no file, one when it is back."""
     home = desk.home
     desk.command(HELD)
     *ended, late = tasks = desk.orders(4)
     never = desk.grafx.add("never")
     home.wait_for(*tasks, never)
-    running = home.start(before=QUICK)
+    running = home.start(before=f"{QUICK}; db.SAVING = 0.2")
     eventually(lambda: len(desk.noted("begun")) == 4, "all commands run")
     aside = home.database.rename(home.folder / "aside")
-    began = time.monotonic()
     for task_id in ended:
         desk.go(task_id)
     eventually(lambda: sorted(desk.listed()) == sorted(ended), "listed without the file")
-    time.sleep(max(0.0, began + seconds - time.monotonic()))
+    running.says("ERROR .* is missing")
     aside.rename(home.database)
     eventually(lambda: ids(home.waiting()) == {late, never}, "what was delivered is removed")
     desk.go(late)
@@ -228,75 +191,46 @@ def test_a_file_that_is_moved_aside_and_back(desk: Desk, seconds: float) -> None
     assert desk.runs() == Counter(desk.listed()) == desk.downloads() == dict.fromkeys(tasks, 1)
 
 
-@pytest.mark.parametrize("what", ['rm "$ORDER_FILE"', 'mv "$ORDER_FILE" "$FOLDER/filed"'], ids=["rm", "mv"])
-def test_where_the_command_took_the_file_away(desk: Desk, what: str) -> None:
-    home = desk.home
-    desk.command(what)
-    tasks = desk.orders(3)
-    running = home.start(before=QUICK)
-    desk.removed()
-    home.wait_for(*tasks)
-    desk.removed()
-    assert running.stop() == 0
-    home.wait_for(*tasks)
-    assert home.run("--once").process.returncode == 0
-    assert (ids(home.waiting()), home.files()) == (set(), [])
-    desk.each_once(tasks)
-
-
-def test_once_and_again(desk: Desk) -> None:
-    home = desk.home
-    tasks = desk.orders(3)
-    for times in range(3):
-        home.wait_for(*tasks)
-        ended = home.run("--once")
-        assert ended.process.returncode == 0
-        assert ids(home.waiting()) == set()
-        assert re.findall(rf"(\d+) orders {AGAIN}", ended.log()) == (["3"] if times else [])
-        desk.each_once(tasks)
-
-
-def test_several_pollers_with_a_database_each(desk: Desk) -> None:
-    """In one folder: each has a list of its own, by its database's name."""
-    home = desk.home
-    shares = {name: [desk.grafx.add() for _ in range(3)] for name in ("one.json", "two.json")}
-
-    def place() -> None:
-        for name, share in shares.items():
-            temp = home.folder / "new"
-            temp.write_text(json.dumps({"orders": share}))
-            temp.replace(home.folder / name)
-
-    def wait() -> None:
-        for name in shares:
-            file = home.folder / name
-            eventually(lambda file=file: not json.loads(file.read_bytes())["orders"], f"{name} is empty")
-
-    place()
+def test_a_guid_in_two_spellings_is_one_order(desk: Desk) -> None:
+    """Ids that are no GUIDs are told apart as they are typed."""
+    home, other = desk.home, desk.grafx.add()
+    first = desk.grafx.add(task_id=other.upper())
+    tasks = [first, desk.grafx.add(task_id="plain"), desk.grafx.add("pdf", task_id="PLAIN")]
     for _ in range(2):
-        pollers = []
-        for name in shares:
-            env = {"DATABASE": str(home.folder / name), "ORDERS_DIR": str(home.folder / f"{name}.orders")}
-            pollers.append(home.start(before=QUICK, **env))
-        wait()
-        place()
-        wait()
-        assert [running.stop() for running in pollers] == [0, 0]
-    assert desk.runs() == desk.downloads() == {task_id: 1 for share in shares.values() for task_id in share}
-    for name, share in shares.items():
-        assert sorted(db.Deliveries(home.folder / name).path.read_text().split()[1::3]) == sorted(share)
+        home.write({"orders": [*tasks, other]})
+        assert home.run("--once", CONCURRENCY="1").process.returncode == 0
+        assert db.get_orders(home.database) == {}
+        assert home.files() == sorted([f"{first}.png", "plain.png", "PLAIN.pdf"])
+        desk.each_once(tasks)
+    added = home.db("add", other)
+    assert (added.returncode, f"{other} was delivered at " in added.stderr) == (1, True)
+    assert home.db("retry", other).stdout == "1 order will be polled again\n"
+    assert home.db("add", first).stdout == f"{first} was pending already, in {home.database}\n"
+
+
+def test_several_databases_in_one_folder(desk: Desk) -> None:
+    """Each has a list of its own, by its name."""
+    home, shares = desk.home, {name: desk.grafx.add() for name in ("one.json", "two.json")}
+    for _ in range(2):
+        for name, task_id in shares.items():
+            (home.folder / name).write_text(json.dumps({"orders": [task_id]}))
+            ended = home.run("--once", DATABASE=str(home.folder / name))
+            assert ended.process.returncode == 0
+            assert json.loads((home.folder / name).read_text())["orders"] == []
+    for name, task_id in shares.items():
+        assert db.Deliveries(home.folder / name).path.read_text().split()[1::3] == [task_id]
+    assert desk.runs() == desk.downloads() == dict.fromkeys(shares.values(), 1)
 
 
 # --- killed ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["", 'mv "$ORDER_FILE" "$FOLDER/filed"'], ids=["kept", "mv"])
-def test_killed_before_it_ended_or_after_it_was_listed(desk: Desk, what: str) -> None:
+def test_killed_before_it_ended_or_after_it_was_listed(desk: Desk) -> None:
     """Anywhere but between the two: exactly one run. The command is killed along, as by systemd."""
     home, grafx = desk.home, desk.grafx
     tasks = desk.orders(3, size=300_000)
     before = home.read()
-    desk.command(f"{HELD}\n{what}")
+    desk.command(f'{HELD}\nmv "$ORDER_FILE" "$FOLDER/filed"')
     fault = grafx.fault("download", "hang", times=None)
     running = home.start(before=QUICK)
     eventually(lambda: desk.downloads().keys() == set(tasks), "all downloads have begun")
@@ -311,19 +245,19 @@ def test_killed_before_it_ended_or_after_it_was_listed(desk: Desk, what: str) ->
     assert (desk.runs(), desk.listed()) == ({}, [])
     assert desk.downloads() == dict.fromkeys(tasks, 2)
 
-    for task_id in tasks:
-        desk.go(task_id)
+    running = home.start(before=QUICK)
+    eventually(lambda: len(desk.noted("begun")) == 6, "all commands run once more")
     with db.lock(home.database, "lock", 10):  # so that no order can leave the file
-        running = home.start(before=QUICK)
+        for task_id in tasks:
+            desk.go(task_id)
         eventually(lambda: sorted(desk.listed()) == sorted(tasks), "listed")
         running.stop(signal.SIGKILL)
     assert home.read() == before
 
-    for _ in range(2):
-        running = home.start(before=QUICK)
-        desk.removed()
-        running.stop(signal.SIGKILL)
-        home.write(before)
+    running = home.start(before=QUICK)
+    desk.removed()
+    running.stop(signal.SIGKILL)
+    home.write(before)
     assert home.run("--once").process.returncode == 0
     assert ids(home.waiting()) == set()
     assert desk.runs() == Counter(desk.listed()) == dict.fromkeys(tasks, 1)
@@ -363,7 +297,7 @@ def test_a_retry_beside_the_running_poller(desk: Desk) -> None:
     """It is noticed with the next look, and the file that is still there is given to ON_DONE."""
     home = desk.home
     (task_id,) = desk.orders(1)
-    running = home.start(POLL_INTERVAL="3600")
+    running = home.start(before="db.LOOK = 0.1", POLL_INTERVAL="3600")
     desk.removed()
     for times in range(2, 4):
         retried = home.db("retry", task_id)
@@ -372,6 +306,7 @@ def test_a_retry_beside_the_running_poller(desk: Desk) -> None:
         eventually(lambda times=times: desk.runs() == {task_id: times}, "it is delivered again")
         desk.removed()
     home.wait_for(task_id)  # not on purpose
+    running.says(f"WARNING {task_id} {AGAIN}")
     desk.removed()
     assert running.stop() == 0
     assert again(running) == 1
@@ -397,23 +332,6 @@ def test_a_retry_where_the_file_is_gone_downloads_it_again(desk: Desk) -> None:
     assert desk.runs() == desk.downloads() == {task_id: 2}
 
 
-def test_adding_a_delivered_order(desk: Desk) -> None:
-    home = desk.home
-    (task_id,) = desk.orders(1)
-    assert home.run("--once").process.returncode == 0
-    added = home.db("add", task_id)
-    when = desk.list.read_text().split()[0]
-    assert added.returncode == 1
-    assert added.stderr == (
-        f"db.py: {task_id} was delivered at {when}, as {task_id}.png."
-        f" To deliver it again: python db.py retry {task_id}\n"
-    )
-    assert db.add_order(task_id, path=home.database) is False
-    assert ids(home.waiting()) == set()
-    assert home.run("--once").process.returncode == 0
-    desk.each_once([task_id])
-
-
 # --- without the list ------------------------------------------------------------------------
 
 
@@ -432,39 +350,88 @@ def test_without_the_list_it_works_and_says_so_once(desk: Desk) -> None:
     desk.removed()
     assert running.stop() == 0
     assert running.log().count(str(desk.list)) == 1
-    assert re.search(r"GraFx order poller .*: 2 pending, .* 0 delivered\n", running.log())
+    assert re.search(r" 2 pending, 0 rejected, 0 failed, 0 delivered\n", running.log())
     assert desk.runs() == {tasks[0]: 2, tasks[1]: 1, more: 1}
     assert set(desk.downloads().values()) == {1}  # its file was in orders
     assert sorted(desk.listed()) == sorted([tasks[0], more])
 
 
 def test_rubbish_in_the_list_is_ignored(desk: Desk) -> None:
+    """So is a last line that was cut off, as by a power cut before its fsync; the next one stands apart."""
     home = desk.home
     first, second = desk.orders(2)
     rubbish = b"\xff\xfe\0\n{}\n" + f"2026-01-01T00:00:00Z\n{second}\n".encode()
-    desk.list.write_bytes(rubbish + f"2026-01-01T00:00:00Z {first} {first}.png\n".encode() + rubbish)
+    lines = [f"2026-01-01T00:00:00Z {name} {name}.png\n" for name in (first, second)]
+    there = rubbish + lines[0].encode() + rubbish + lines[1].encode()[:-1]
+    desk.list.write_bytes(there)
     for _ in range(2):
         home.wait_for(first, second)
-        running = home.start(before=QUICK)
-        desk.removed()
-        home.wait_for(first, second)
-        desk.removed()
-        assert running.stop() == 0
-        assert "Traceback" not in running.log()
+        ended = home.run("--once")
+        assert (ended.process.returncode, ids(home.waiting())) == (0, set())
+        assert "Traceback" not in ended.log()
     assert desk.runs() == desk.downloads() == {second: 1}
-    assert desk.list.read_bytes().startswith(rubbish)
+    assert desk.list.read_bytes().startswith(there + b"\n")
 
 
-def test_a_line_that_was_cut_off_is_no_line(desk: Desk) -> None:
-    """The last one, as by a power cut before its fsync; the next one stands apart from it."""
+# --- while the list cannot be written --------------------------------------------------------
+
+
+def point_elsewhere(folder: Path) -> Callable[[], object]:
+    link = folder / ".database.json.delivered"
+    link.symlink_to("elsewhere")
+    return link.unlink
+
+
+def close(folder: Path) -> Callable[[], object]:
+    folder.chmod(0o555)
+    return lambda: folder.chmod(0o755)
+
+
+HINDRANCES = {"full": fill, "closed": close}
+WAITS = "waits with ON_DONE until the list of deliveries can be written; retrying in"
+
+
+@pytest.mark.parametrize("how", HINDRANCES)
+def test_no_command_begins_while_the_list_cannot_be_written(desk: Desk, how: str) -> None:
+    home, disk, task_id = desk.home, desk.home.folder / "disk", desk.grafx.add()
+    disk.mkdir()
+    home.database, desk.list = disk / "database.json", disk / ".database.json.delivered"
+    home.env["DATABASE"] = str(home.database)
+    with small(disk) if how == "full" else nullcontext():
+        home.database.write_text(json.dumps({"orders": {task_id: {}}}))
+        for name in ("lock", "pid"):
+            db.beside(home.database, name).touch()
+        mend = HINDRANCES[how](disk)
+        ended = home.run("--once", before=BEFORE)
+        assert ended.process.returncode == 1
+        assert re.findall("ERROR +(.*?): ", ended.log()) == [f"cannot write {desk.list}"]
+        assert f"{task_id} {WAITS}" in ended.log()
+        daemon = home.start(before=BEFORE)
+        daemon.says(WAITS)
+        assert (desk.noted("begun"), ids(home.waiting())) == ([], {task_id})
+        mend()
+        daemon.says(f"INFO +recovered: cannot write {desk.list}: ")
+        desk.removed()
+        assert daemon.stop() == 0
+        assert daemon.log().count(f"cannot write {desk.list}") == 2  # once, and that it is over
+        desk.each_once([task_id])
+
+
+def test_after_a_line_that_could_not_be_written_no_command_begins(desk: Desk) -> None:
     home = desk.home
-    first, second = desk.orders(2)
-    desk.list.write_text(
-        "".join(f"2026-01-01T00:00:00Z {name} {name}.png\n" for name in (first, second))[:-1]
-    )
-    for _ in range(2):
-        home.wait_for(first, second)
-        assert home.run("--once").process.returncode == 0
-        assert ids(home.waiting()) == set()
-    assert desk.runs() == desk.downloads() == {second: 1}
-    assert desk.listed() == [first, second, second]
+    desk.command(HELD)
+    (first,) = desk.orders(1)
+    running = home.start(before=QUICK)
+    eventually(lambda: len(desk.noted("begun")) == 1, "the first command runs")
+    desk.list.unlink()
+    mend = point_elsewhere(home.folder)
+    desk.go(first)
+    running.says(f"ERROR +cannot write {desk.list}: .* It is a symbolic link: put a file in its place.")
+    db.add_order(second := desk.grafx.add(), path=home.database)
+    running.says(f"{second} {WAITS}")
+    assert (len(desk.noted("begun")), ids(home.waiting())) == (1, {first, second})
+    desk.go(second)
+    mend()
+    desk.removed()
+    assert running.stop() == 0
+    desk.each_once([first, second])
