@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 from conftest import ROOT, Home, find_program
 from sandbox import Sandbox
@@ -22,18 +20,10 @@ SEED = 20260801
 CALLS = "openat,write,fsync,fdatasync,rename,renameat,renameat2,unlink,mkdir,mkdirat"
 
 
-@pytest.fixture(autouse=True)
-def nothing_outlives_it(tmp_path: Path) -> Iterator[None]:
-    """Nor a command of a poller that was killed: all have the test's folder as working directory."""
-    yield
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if Path(process.cwd()).is_relative_to(tmp_path):
-                process.kill()
-
-
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    print(kills(tmp_path, 8, SEED))
+def test_killed_at_random_moments(home: Home) -> None:
+    """In a folder of `home`, which ends whatever runs there."""
+    (folder := home.folder / "kills").mkdir()
+    print(kills(folder, 8, SEED))
 
 
 def test_descriptors_do_not_grow(tmp_path: Path) -> None:

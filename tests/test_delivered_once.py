@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 import pytest
 from conftest import QUICK, Home, Running, eventually
-from test_crash import nothing_outlives_it  # noqa: F401
 from test_machine import BEFORE, fill, small
 
 import db

@@ -272,16 +272,6 @@ def test_any_output_is_fine(desk: Desk) -> None:
     assert "Traceback" not in ended.log()
 
 
-def test_what_it_prints_fills_no_disk(desk: Desk) -> None:
-    """The file that keeps what it prints is truncated while it runs; it says so, after that."""
-    desk.command('size() { stat -Lc %s "/proc/$$/fd/1"; }\n'
-                 'until [ "$(size)" -gt 100000 ]; do seq 9999; done\n'
-                 'until [ "$(size)" = 0 ]; do sleep 0.05; done; echo "<END>"; exit 1')  # fmt: skip
-    task_id = desk.order()
-    running = desk.home.start(before=f"{QUICK}; poller.OUTPUT = 100_000")
-    running.says(f"{task_id} ON_DONE ended with 1: <END>; retrying in")
-
-
 def test_what_it_leaves_behind_costs_nothing(desk: Desk) -> None:
     """It did its work, and may go on with its output open: that takes no thread and no descriptor."""
     home = desk.home

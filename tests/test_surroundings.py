@@ -20,7 +20,7 @@ import psutil
 import pytest
 from conftest import QUICK, ROOT, Home, Loopback, Running, eventually, find_program
 from sandbox import Sandbox
-from test_crash import nothing_outlives_it, refuse  # noqa: F401
+from test_crash import refuse
 
 import db
 

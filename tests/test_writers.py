@@ -23,7 +23,6 @@ from conftest import ROOT, Home, end_orders, eventually
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sandbox import Sandbox
-from test_crash import nothing_outlives_it  # noqa: F401
 
 import db
 
@@ -310,35 +309,8 @@ def survives(raw: bytes) -> bool:
             assert kept >= store.orders["b"].keys()
             assert db.retry_orders("b", path) == ["b"]
             assert db.read(path).orders["b"] == store.orders["b"], "what a retry puts back is not what it was"
-        reject(path)
         retry(path)
         return True
-
-
-def reject(path: Path) -> None:
-    """All orders are rejected, and then none: only "failing" changes, and there only the poller's records."""
-    before = exact(path.read_bytes())
-    orders = db.get_orders(path)
-    typed = dict(before[1]).get("failing", ("{}", []))[1]
-    stay = [(key, value) for key, value in typed if not (isinstance(value, tuple) and value[0] == "{}")]
-    database = db.Database(path, prove=False)
-    database.sync(idle=True)
-    for rejected in (orders, {}):
-        for task_id in orders:
-            if task_id in rejected:
-                database.rejected(task_id, {"status": 500, "times": 1})
-            else:
-                database.pending(task_id)
-        assert not database.flush(1.0)
-        now = exact(path.read_bytes())
-        kept = [(key, value) for key, value in now[1] if key != "failing"]
-        assert kept[: len(before[1])] == [(key, value) for key, value in before[1] if key != "failing"]
-        failing = dict(now[1]).get("failing", ("{}", []))[1]
-        assert db.read(path).failing == {task_id: {"status": 500, "times": 1} for task_id in rejected}
-        assert [(key, value) for key, value in failing if key not in rejected] == [
-            (key, value) for key, value in stay if key not in rejected
-        ]
-        stay = [(key, value) for key, value in stay if key not in rejected]
 
 
 def retry(path: Path) -> None:
