@@ -173,23 +173,23 @@ def send(session: requests.Session, who: str, method: str, url: str, **more: Any
     and ~/.netrc is not read. Raises TryAgainLater, shared where GraFx or the token server cannot be reached.
     """
     began, server = time.monotonic(), origin(url)
+    settings = _proxies_and_certificates(server)
+    proxy = requests.utils.select_proxy(url, settings["proxies"]) or ""
     try:
-        settings = _proxies_and_certificates(server)
         request = requests.Request(method, url, HEADERS, **more).prepare()
         response = session.send(request, timeout=TIMEOUT, allow_redirects=False, **settings)
     except (InvalidURL, InvalidSchema, TypeError, UnicodeEncodeError):
-        # By its value, which may have a password in it.
-        given = settings["proxies"].get(server[0], settings["proxies"].get("all"))
-        names = [name for name, value in os.environ.items() if value and value == given]
-        problem = f"{'/'.join(names) or 'HTTPS_PROXY'} is not the address of an HTTP proxy"
-        if str(given).startswith("socks"):
-            problem = f"{'/'.join(names)} is a SOCKS proxy, which needs: pip install 'requests[socks]'"
+        # Which variable by its value, since that may have a password in it.
+        names = "/".join(name for name, value in os.environ.items() if value and value == proxy)
+        problem = f"{names or 'HTTPS_PROXY'} is not the address of an HTTP proxy"
+        if proxy.startswith("socks"):
+            problem = f"{names or 'ALL_PROXY'} is a SOCKS proxy, which needs: pip install 'requests[socks]'"
         raise TryAgainLater(problem, shared=True) from None
     except ProxyError as error:
-        reason, proxy = _reason(error), urlsplit(settings["proxies"].get(server[0], ""))
+        reason, parts = _reason(error), urlsplit(proxy if "//" in proxy else f"//{proxy}")
         problem = "refuses to connect" if reason.startswith("Tunnel connection") else "is unreachable"
         problem = "wants a user and a password" if " 407" in reason else problem
-        problem = f"the proxy {proxy.hostname}:{proxy.port} {problem} ({reason})"
+        problem = f"the proxy {parts.hostname}:{parts.port} {problem} ({reason})"
         raise TryAgainLater(problem, shared=True) from None
     except (requests.RequestException, HTTPError, OSError, ValueError) as error:
         reason = f"{_reason(error)}, {server[1]}"

@@ -702,7 +702,6 @@ class Database:
         self._known: set[str] = set()  # the orders that the loop knows
         self._look = 0.0  # when to look at the file again, in monotonic seconds
         self.deliveries.writable = not prove
-        self.deliveries.shorten()
 
     def delivered(self, task_id: str, file: str) -> None:
         """Its file is whole on the disk, and ON_DONE has run."""
@@ -736,6 +735,8 @@ class Database:
         now, unwritten, problem, store = time.monotonic(), self._unwritten, "", None
         if look := now >= self._look:
             self._look = now + LOOK
+        if look and not self.loaded:
+            self.deliveries.shorten()
         try:
             if look and not unwritten.delivered and not self.deliveries.writable:
                 self.deliveries.prove(0.2 if self.loaded else PATIENCE)
@@ -808,7 +809,9 @@ class Database:
         again, self._unwritten.listed = listed - self._unwritten.listed, listed
         if again:
             what = f"{len(again)} orders were" if len(again) > 1 else f"{again.pop()} was"
-            log.warning("%s re-added although delivered; removed again", what)
+            # At the start perhaps nobody did that, but the process was killed before it could remove it.
+            how = "re-added although delivered; removed again" if self.loaded else "delivered before; removed"
+            log.warning("%s %s", what, how)
         return listed
 
     def _compare(self, store: Store) -> tuple[dict[str, Fields], set[str]]:

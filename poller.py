@@ -32,7 +32,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -187,7 +187,7 @@ def sources() -> str:
     both = {}
     for name in NAMES:
         if name in file and os.environ.get(name, file[name]) != file[name]:
-            secret = "SECRET" in name or name == "SERVER_ID"
+            secret = "SECRET" in name or name in ("SERVER_ID", "ON_DONE", "ON_FAILED")
             both[name] = " (.env has another one)" if secret else f" ({os.environ[name]}, not {file[name]})"
     outer = [name + both.get(name, "") for name in NAMES if os.environ.get(name)]
     inner = [name for name in NAMES if name in file and not os.environ.get(name)]
@@ -419,7 +419,8 @@ class Order:
 def epoch(when: Any) -> float:
     """A time in the file in seconds since 1970; infinity for what is no time."""
     with contextlib.suppress(ValueError, OverflowError):
-        return db.utc(str(when)).timestamp()
+        seconds = db.utc(str(when)).timestamp()
+        return seconds if seconds >= 0 else NEVER
     return NEVER
 
 
@@ -537,7 +538,8 @@ class Hook:
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
         self.failures: list[tuple[Order, chili.TaskRejected]] = []  # for ON_FAILED, once the file has them
-        self.jobs: list[Future[None]] = []  # of ON_FAILED
+        self.jobs: list[Future[None]] = []  # of ON_FAILED, which are no polls
+        self.pool = ThreadPoolExecutor(1)
 
     def run(self, order: Order, file: Path | None, **more: str) -> None:
         """Run the command for an order. Raises HookFailed unless it ends by itself, with 0."""
@@ -677,6 +679,8 @@ class Poller:
     def run(self) -> int:
         """Poll until a signal, with `once` until each order was polled; returns the exit code."""
         while True:
+            if self.once and not self.polling and not self.orders:
+                self.judge()
             if self.exit_code is not None or (self.once and self.is_done()):
                 return self.stop()
             if self.prepare():
@@ -689,7 +693,9 @@ class Poller:
 
     def is_done(self) -> bool:
         """With `once`: an outage is not waited for, nor that somebody mends the database."""
-        if self.polling or self.on_failed.failures or not all(job.done() for job in self.on_failed.jobs):
+        if self.polling or not all(job.done() for job in self.on_failed.jobs):
+            return False
+        if self.on_failed.failures and not self.database.problem:
             return False
         if self.outage.error or self.outage.pause() > 0:
             return True
@@ -745,7 +751,8 @@ class Poller:
     def report_failures(self) -> None:
         """Start ON_FAILED for what the file has under "failed", so that it runs once at most."""
         while self.on_failed.failures and self.database.settled:
-            job = self.pool.submit(self.on_failed.report, *self.on_failed.failures.pop())
+            failure = self.on_failed.failures.pop(0)
+            job = self.on_failed.pool.submit(self.on_failed.report, *failure)
             job.add_done_callback(lambda _: self.results.put(None))
             self.on_failed.jobs = [one for one in (*self.on_failed.jobs, job) if not one.done()]
 
@@ -887,8 +894,8 @@ class Poller:
         order.size, order.download, order.handled = 0, "", time.monotonic()
         self.status.results[order.state] += 1
         # Rejected orders have long pauses, for which there is no reason any more.
-        soon = 0.0 if resumed else self.settings.poll_interval if came else NEVER
-        for other in map(self.orders.get, [*self.database.failing]):
+        soon = 0.0 if resumed else self.settings.poll_interval
+        for other in map(self.orders.get, [*self.database.failing] if resumed or came else []):
             if other and time.monotonic() + soon < other.due < NEVER:
                 self.requeue(other, soon)
 
@@ -988,30 +995,34 @@ class Poller:
         self.exit_code = self.exit_code or 0
         self.hook.stop()
         self.on_failed.stop()
-        self.handle_results(0.5 if self.hook.words and self.polling else 0.05)
-        for order, error in self.evidence.unjudged:
-            self.rejected(order, error)
-            self.status.results[order.state] += 1
+        wait(self.polling, 0.5 if self.hook.words else 0.05)
+        self.handle_results(0.0)
+        self.judge()
         unwritten = self.database.flush(10.0 if self.once else 1.0)
-        left = len(self.orders) + unwritten
         for order, _ in self.on_failed.failures:
             log.error("%s ON_FAILED was not run, since the poller stops", order.task_id)
         for file in self.claim.locks.values():
             db.note(file)  # nothing is wrong any more
         if not self.once:
-            log.info("stopped, %d pending", left)
+            log.info("stopped, %d pending", len(self.orders) + unwritten)
             return self.exit_code or int(unwritten > 0)
-        if left:
-            log.warning("%s not polled; the next run polls them", plural(left, "order"))
+        if self.orders:
+            log.warning("%s not polled; the next run polls them", plural(len(self.orders), "order"))
         results = self.status.results
         said = ", ".join(f"{results[state]} {state}" for state in STATES if results[state])
         log.info("polled %s%s", plural(results.total(), "order"), said and f": {said}")
-        fine = self.database.loaded and not self.database.problem and not left
-        fine = fine and not results.keys() & {"failed", WAITING, "retrying"}
-        if self.evidence.unjudged and not self.evidence.answered:
-            self.evidence.say([order for order, _ in self.evidence.unjudged])
-            fine = False
+        fine = self.database.loaded and not self.database.problem and not self.orders
+        fine = fine and not results.keys() & {"failed", WAITING, "retrying"} and not self.evidence.problem
         return self.exit_code or (0 if fine else 1)
+
+    def judge(self) -> None:
+        """With `once`: judge the rejections that may be meant for all, now that all orders were polled."""
+        unjudged, self.evidence.unjudged = self.evidence.unjudged, []
+        for order, error in unjudged:
+            self.rejected(order, error)
+            self.status.results[order.state] += 1
+        if unjudged and not self.evidence.answered:
+            self.evidence.say([order for order, _ in unjudged])
 
 
 def forgotten(error: BaseException | None) -> BaseException | None:
@@ -1148,6 +1159,11 @@ def run(settings: Settings, screen: Screen) -> int:
     except Exception as error:
         poller.hook.stop()
         poller.on_failed.stop()
+        for _ in [*poller.polling]:  # what ended well is not done again
+            with contextlib.suppress(Exception):
+                poller.handle_results(0.0)
+        with contextlib.suppress(Exception):
+            poller.database.flush(1.0)
         if isinstance(error, RuntimeError) and "thread" in str(error):
             log.error("%s. %s", error, MORE_THREADS)
             return 1

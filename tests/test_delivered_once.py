@@ -24,7 +24,7 @@ import db
 
 # Waits until a test lets this order's command go on.
 HELD = 'until [ -e "$FOLDER/go-$TASK_ID" ]; do sleep 0.05; done'
-AGAIN = r"(?:was|were) re-added although delivered; removed again\n"
+AGAIN = r"(?:was|were) (?:re-added although delivered; removed again|delivered before; removed)\n"
 
 
 class Desk:

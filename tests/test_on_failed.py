@@ -57,3 +57,33 @@ def test_it_runs_only_for_what_the_file_has_under_failed(home: Home) -> None:
     os.kill(int(pid), signal.SIGKILL)
     home.run("--once", ON_FAILED=f"sh -c 'echo again >>{said}'")
     assert lines(said) == [pid]
+
+
+def test_once_runs_it_for_what_is_judged_at_the_end_and_waits_for_no_database(home: Home) -> None:
+    """A 404 counts by the other file of the same run; a database that somebody breaks is not waited for."""
+    said, dead, fine = home.folder / "said", "unknown", home.grafx.add()
+    record = {"status": 404, "error": "no", "since": "2026-01-01T00:00:00Z", "times": 30}
+    home.write({"orders": {dead: {}, fine: {}}, "failing": {dead: record}, "failed": {}})
+    hook = f"sh -c 'echo $TASK_ID >>{said}'"
+    assert home.run("--once", ON_FAILED=hook).process.returncode == 1
+    assert lines(said) == list(home.failed()) == [dead]
+    home.wait_for(home.grafx.add("expired"))
+    home.grafx.fault("download", "delay", seconds=2)
+    running = home.start("--once", before="db.SAVING = db.PATIENCE = 1", ON_FAILED=hook)
+    eventually(lambda: [request for request in home.grafx.requests if request.what == "download"][1:])
+    home.write("{")
+    assert running.process.wait(30) == 1
+    assert lines(said) == [dead]
+
+
+def test_it_takes_no_thread_of_the_polls(home: Home) -> None:
+    expired, fine = home.grafx.add("expired"), home.grafx.add()
+    home.wait_for(expired)
+    go = home.folder / "go"
+    hook = f"sh -c 'while ! test -e {go}; do sleep 0.1; done; echo told'"
+    poller = home.start(before=QUICK, CONCURRENCY="1", ON_FAILED=hook)
+    eventually(lambda: home.failed())
+    home.wait_for(fine)
+    poller.says(f"{fine} delivered")
+    go.touch()
+    poller.says(f"{expired} ON_FAILED: told")

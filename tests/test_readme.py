@@ -348,7 +348,7 @@ def test_its_numbers_are_those_of_the_code() -> None:
         f"at least {poller.SHORTEST_PAUSE:g} s",
         f"up to {poller.LONGEST_PAUSE / 60:g} minutes",
         f"up to {chili.LONGEST_RETRY_AFTER / 60:g} minutes",
-        f"{poller.UNPROVEN} of them are needed",
+        f"{poller.UNPROVEN} such rejections are needed",
         f"for another {poller.WITNESSED / 60:g} minutes first",
         f"no file for {poller.FORGOTTEN / 86400:g} days",
         f"After {poller.ALARM / 60:g} minutes it says so again, as an error",
