@@ -74,14 +74,14 @@ def test_a_start_keeps_the_newest(deliveries: db.Deliveries, monkeypatch: pytest
     deliveries.path.chmod(0o640)
     monkeypatch.setattr(db, "KEPT", 126)
     before = deliveries.path.stat().st_ino
-    db.Database(deliveries.database, prove=False)
+    db.Database(deliveries.database, prove=False).sync(idle=True)
     assert deliveries.path.stat().st_ino == before
     monkeypatch.setattr(db, "KEPT", 100)
     with monkeypatch.context() as patch, db.lock(deliveries.database, "lock", 0):
         patch.setattr(db, "PATIENCE", 0.1)
-        db.Database(deliveries.database, prove=False)  # somebody may be writing to it
+        db.Database(deliveries.database, prove=False).sync(idle=True)  # somebody may be writing to it
         assert deliveries.path.read_text().startswith(lines[0])
-    db.Database(deliveries.database, prove=False)
+    db.Database(deliveries.database, prove=False).sync(idle=True)
     assert deliveries.path.read_text() == "".join(lines[151:]) + "2026-01-01"
     assert deliveries.path.stat().st_mode & 0o777 == 0o640
 

@@ -352,7 +352,7 @@ def test_its_numbers_are_those_of_the_code() -> None:
         f"for another {poller.WITNESSED / 60:g} minutes first",
         f"no file for {poller.FORGOTTEN / 86400:g} days",
         f"After {poller.ALARM / 60:g} minutes it says so again, as an error",
-        f"newest {db.KEPT:,} deliveries",
+        f"newest {db.KEPT:,}, one a line",
     ):
         assert words in text
     assert (poller.PROVEN, poller.MINUTE) == (3, 60)
