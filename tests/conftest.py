@@ -40,6 +40,11 @@ WATCH = (
     "sys.addaudithook(lambda what, about: print({'open': '<read %s>', 'os.rename': '<to %s>'}[what] % ("
     "about[what == 'os.rename'],), file=sys.stderr) if what in ('open', 'os.rename') else None)"
 )
+# Under nohup or in the background of a script they are ignored, and so they would be by the pollers.
+for name, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(name) == signal.SIG_IGN:
+        signal.signal(name, handler)
+
 REPORTS: list[str] = []  # what tests want to be printed at the end
 
 # Options of the sandbox's fault "late": one answer, and behind it another that may be another task's.
