@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 import zipfile
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, QUICK, ROOT, Home, eventually, find_program
+from conftest import PATIENCE, QUICK, ROOT, Home, Manager, eventually, find_program
 from dotenv import dotenv_values
 from sandbox import Sandbox
 
@@ -43,44 +42,6 @@ TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 
 
 # --- the notify protocol -----------------------------------------------------------------------------------
-
-
-class Manager:
-    """The end of the notify socket that systemd has."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.told: list[tuple[float, str]] = []  # when, and the datagram
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.bind(address.replace("@", "\0", 1) if address.startswith("@") else address)
-        self.socket.setblocking(False)
-
-    def lines(self) -> list[str]:
-        """All that was told so far, without the names of their own datagrams."""
-        with suppress(BlockingIOError):
-            while True:
-                self.told.append((time.monotonic(), self.socket.recv(65536).decode()))
-        return [line for _, text in self.told for line in text.splitlines()]
-
-    def hears(self, pattern: str) -> str:
-        """Wait for a line, among those to come as well as those that came."""
-        return eventually(
-            lambda: next((line for line in self.lines() if re.search(pattern, line)), None), pattern
-        )
-
-    def forget(self) -> None:
-        self.lines()
-        self.told.clear()
-
-
-@pytest.fixture
-def manager(request: pytest.FixtureRequest) -> Iterator[Manager]:
-    # The path of a socket may be 107 bytes long, and pytest's temporary folders can be longer.
-    with tempfile.TemporaryDirectory() as folder:
-        abstract = getattr(request, "param", "") == "an abstract name"
-        manager = Manager(f"{'@' * abstract}{folder}/notify")
-        yield manager
-        manager.socket.close()
 
 
 @pytest.mark.parametrize("manager", ["a path", "an abstract name"], indirect=True)
