@@ -881,12 +881,13 @@ def add_order(task_id: str, project_id: str | None = None, path: Path | None = N
         raise ValueError(f"{task_id!r} is not a task id: letters, digits, '.', '_' and '-', at most 128")
     if not isinstance(project_id, (str, type(None))):
         raise ValueError(f"the project id {project_id!r} is not a string")
-    path, new, deliveries = _real(path), False, Deliveries(_real(path))
+    path, new = _real(path), False
+    deliveries = Deliveries(path)
 
     def add(store: Store) -> None:
         nonlocal new
         deliveries.refresh()
-        new = key(task_id) not in store.ids.keys() | deliveries.ids
+        new = key(task_id) not in store.ids and key(task_id) not in deliveries.ids
         if new:
             store.put(task_id, {"projectID": project_id} if project_id else {}, new=True)
 

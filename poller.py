@@ -553,10 +553,11 @@ class Hook:
         with tempfile.TemporaryFile() as output:  # not a pipe, which what it leaves running would hold open
             fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)  # so that it can be truncated
             process = self.start(order, file, output, more)
+            why = "was not seen to end"
             try:
                 why = self.wait(process, output)
             finally:  # whatever happened, it may have run
-                self.end(process)
+                self.end(process, why)
             output.seek(max(0, output.seek(0, os.SEEK_END) - 10_000))
             text = output.read().decode(errors="replace")
         lines = list(filter(None, map(chili.sanitize, text.splitlines())))[-10:]
@@ -604,14 +605,12 @@ class Hook:
                 why = why or f"took longer than {self.timeout:g} s"
                 signal_session(process.pid, signal.SIGKILL)
             time.sleep(0.05)
-        if why:  # the command may have ended well meanwhile, but what it started has to end as well
-            signal_session(process.pid, signal.SIGKILL)
         return why
 
-    def end(self, process: subprocess.Popen[bytes]) -> None:
-        """Reap it; unless it ended well, what it left running is ended too."""
+    def end(self, process: subprocess.Popen[bytes], why: str) -> None:
+        """Reap it; unless it ended by itself, with 0, what it left running is ended too."""
         ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if not ended or ended.si_status:
+        if why or not ended or ended.si_status:
             signal_session(process.pid, signal.SIGKILL)
         process.wait()
         self.running.discard(process)
@@ -873,10 +872,12 @@ class Poller:
         resumed = self.end_outage(order, error, came)
         if came:
             self.evidence.last_file = time.monotonic()
-        if came or (getattr(error, "proven", False) if error else not file):
+        rejected = error if isinstance(error, chili.TaskRejected) else None
+        renders = error is None and not file
+        if came or renders or (rejected and rejected.proven):  # so GraFx, and not a page before it, answers
             resumed = self.evidence.good() or resumed
-        elif isinstance(error, chili.TaskRejected):
-            self.evidence.rejected(order, error)
+        elif rejected:
+            self.evidence.rejected(order, rejected)
         if order.age > FORGOTTEN and not file:
             error = forgotten(error)
         if isinstance(error, chili.TaskRejected) and not error.proven and self.once:
@@ -961,7 +962,8 @@ class Poller:
         if first:
             until = time.strftime("%H:%M:%S", time.localtime(time.time() + max(0.0, left)))
             until += ", then it fails" if error.proven else " or later"
-            text, said = "%s rejected by GraFx: %s%s; retrying until %s", str(error).rstrip(".")
+            said = str(error).rstrip(".")
+            text = "%s rejected by GraFx: %s%s; retrying until %s"
             retry_log.warning(text, order.task_id, said, project, until)
         if self.once or self.database.failing.get(order.task_id, {}).get("status") != error.status:
             seconds = round(time.time() - time.monotonic() + order.rejected)
