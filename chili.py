@@ -1,15 +1,15 @@
-"""GraFx: the token, polling a task, downloading its file. Knows nothing of `database.json`.
+"""The GraFx client: gets the token, polls a task, downloads its file. It does not use `database.json`.
 
     grafx = chili.GraFx(base_url, environment, token_url, client_id, client_secret)
     file = chili.order_done(task_id, grafx, Path("orders"))    # None while the task renders
 
 Facts about GraFx are from CHILI's documentation (github.com/chili-publish/grafx-documentation,
 August 2026), its workshop "Building a template store", section 14, and its examples
-(chili-publish/studio-sdk-integration-examples). Where those are silent, the code holds either way.
+(chili-publish/studio-sdk-integration-examples). Where they say nothing, the code works either way.
 
 Four rules keep one order's answer from being taken for another's:
-a task's answer names its task; each download has a connection of its own; so has each token request;
-and an answer that is not understood closes all idle connections, with whatever else is on its way.
+the task id in an answer must match; each download has its own connection; so does each token request;
+and an answer that is not understood closes all idle connections, so that no late data is read from them.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from requests.exceptions import InvalidSchema, InvalidURL, ProxyError
 from urllib3 import Retry
 from urllib3.exceptions import HTTPError, MaxRetryError
 
-TIMEOUT = (10.0, 30.0)  # seconds: to connect, and between two pieces of an answer
-SLOWEST, SLOW_START = 1000, 60.0  # bytes a second of a body, after so many seconds; slower is an error
+TIMEOUT = (10.0, 30.0)  # seconds: to connect, and between two reads of an answer
+SLOWEST, SLOW_START = 1000, 60.0  # minimum bytes per second of a body, checked after this many seconds
 LONGEST_RETRY_AFTER = 300.0  # seconds
-TOKEN_MARGIN = 300.0  # seconds before its end that a token is renewed
-TOKEN_PAUSE = 60.0  # seconds between two renewals because of a 401, or after one that failed
-FRESH = 300.0  # seconds for which connections are used
+TOKEN_MARGIN = 300.0  # seconds before a token expires that it is renewed
+TOKEN_PAUSE = 60.0  # seconds between two renewals after a 401, or after a failed renewal of a valid token
+FRESH = 300.0  # seconds until the connections are closed and GraFx's name is resolved again
 REDIRECTS = 5
 HEADERS = {"Accept": "application/json, */*", "Accept-Encoding": "identity", "User-Agent": "grafx-poller"}
 
-# extension: Content-Types, and what the file begins with
+# extension: Content-Types, and a pattern of the file's first bytes
 FORMATS = {
     "png": (("image/png",), rb"\x89PNG\r\n\x1a\n"),
     "jpg": (("image/jpeg", "image/jpg"), rb"\xff\xd8\xff"),
@@ -59,35 +59,35 @@ FORMATS = {
 NO_CODING = ("", "identity", "gzip")
 NO_TYPE = ("", "application/octet-stream", "binary/octet-stream")
 NO_TASK = "00000000-0000-0000-0000-000000000000"
-ASP_NET = "An error occurred while processing your request."  # the server's own fault, whatever the task
+ASP_NET = "An error occurred while processing your request."  # a server error, not about the task
 PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
 
 CREDENTIAL_ERRORS = ("invalid_client", "unauthorized_client", "invalid_grant", "access_denied")
 GRAFX, TOKEN_SERVER, DOWNLOAD_SERVER = "GraFx", "the token server", "the download server"
 
 log = logging.getLogger("chili")
-Progress = Callable[[int, "int | None"], None]  # bytes so far, bytes in all where the server says so
-_secrets: deque[str] = deque(maxlen=32)  # the last tokens and the secret, for `sanitize` to remove
+Progress = Callable[[int, "int | None"], None]  # bytes so far, total bytes if the server sends them
+_secrets: deque[str] = deque(maxlen=32)  # recent tokens and the secret, which `sanitize` removes
 
 
 class TaskRejected(Exception):
     """GraFx rejects this task: it could not render it, does not know it, or lost its file.
 
-    status: the HTTP status. proven: it is about this task, whereas anything else may come from whatever
-    stands before GraFx, or from a wrong ENVIRONMENT. final: retrying is useless.
+    status: the HTTP status. own_reason: the rejection concerns this task only; any other may come from a
+    proxy in front of GraFx, or from a wrong ENVIRONMENT. final: retrying is useless.
     """
 
     def __init__(
-        self, message: str, status: int | None = None, proven: bool = False, final: bool = False
+        self, message: str, status: int | None = None, own_reason: bool = False, final: bool = False
     ) -> None:
         super().__init__(message)
-        self.status, self.proven, self.final = status, proven or final, final
+        self.status, self.own_reason, self.final = status, own_reason or final, final
 
 
 class TryAgainLater(Exception):
     """A failure that says nothing about the task.
 
-    shared: it affects every order. retry_after: seconds until GraFx wants the next request of any kind.
+    shared: it affects every order. retry_after: seconds until a request of any kind may be sent.
     """
 
     def __init__(self, message: str, shared: bool = False, retry_after: float | None = None) -> None:
@@ -107,15 +107,15 @@ class CredentialsRejected(TryAgainLater):
 
 
 def sanitize(said: Any) -> str:
-    """A server's words for a log: one line, no control characters, no secret, at most 500 characters."""
+    """A server's text for the log: one line, no control characters, no secrets, at most 500 characters."""
     text = str(said)
-    for secret in _secrets.copy():  # a server may echo it; a copy, since other threads append
+    for secret in _secrets.copy():  # a server may echo one; copied, since other threads append
         text = text.replace(secret, "[secret]")
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:500]
 
 
 def format_size(size: float) -> str:
-    """Bytes as "7.6 MB"."""
+    """Format a number of bytes, such as "7.6 MB"."""
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
             return f"{size:.{0 if unit == 'bytes' else 1}f} {unit}"
@@ -124,7 +124,7 @@ def format_size(size: float) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What the innermost cause says, as "Connection refused": the others name addresses and passwords."""
+    """The innermost cause, such as "Connection refused": outer exceptions may contain URLs and passwords."""
     inner: BaseException | None = error
     while inner:
         error = inner
@@ -136,12 +136,12 @@ def _reason(error: BaseException) -> str:
 
 
 def _status(response: requests.Response) -> str:
-    """As "404 Not Found"."""
+    """Such as "404 Not Found"."""
     return f"{response.status_code} {sanitize(response.reason or '')}".strip()
 
 
 def origin(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port. Raises ValueError for what is not an http or https address."""
+    """Scheme, host and port. Raises ValueError if `url` is not an http or https URL."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("not an http address")
@@ -149,7 +149,7 @@ def origin(url: str) -> tuple[str, str, int]:
 
 
 def prepared(url: str) -> str:
-    """`url` as requests sends it. Raises ValueError for what is not an http or https address."""
+    """`url` as requests sends it. Raises ValueError if it is not an http or https URL."""
     sent = str(requests.Request("GET", url).prepare().url)
     origin(sent)
     return sent
@@ -160,17 +160,17 @@ def prepared(url: str) -> str:
 
 @functools.lru_cache(maxsize=100)  # a lookup costs 0.25 ms of CPU, more than half of a poll
 def _proxies_and_certificates(server: tuple[str, str, int]) -> Any:
-    """What HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE and the like say about a server, for Session.send."""
+    """The options for Session.send that HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE etc. set for a server."""
     scheme, host, port = server
     url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
     return requests.Session().merge_environment_settings(url, {}, True, None, None)
 
 
 def send(session: requests.Session, who: str, method: str, url: str, **more: Any) -> requests.Response:
-    """One request, no redirect followed. `who` is asked, as a person would name it.
+    """Send one request, without following redirects. `who` is the server's name in error texts.
 
-    It is prepared without the session, which so only keeps connections: no cookie passes between orders,
-    and ~/.netrc is not read. Raises TryAgainLater, shared where GraFx or the token server cannot be reached.
+    The request is prepared outside the session, so that orders share no cookies and ~/.netrc is not read.
+    Raises TryAgainLater; shared if the proxy, GraFx or the token server cannot be reached.
     """
     began, server = time.monotonic(), origin(url)
     settings = _proxies_and_certificates(server)
@@ -179,7 +179,7 @@ def send(session: requests.Session, who: str, method: str, url: str, **more: Any
         request = requests.Request(method, url, HEADERS, **more).prepare()
         response = session.send(request, timeout=TIMEOUT, allow_redirects=False, **settings)
     except (InvalidURL, InvalidSchema, TypeError, UnicodeEncodeError):
-        # Which variable by its value, since that may have a password in it.
+        # Name the variable, not its value: the value may contain a password.
         names = "/".join(name for name, value in os.environ.items() if value and value == proxy)
         problem = f"{names or 'HTTPS_PROXY'} is not the address of an HTTP proxy"
         if proxy.startswith("socks"):
@@ -193,21 +193,21 @@ def send(session: requests.Session, who: str, method: str, url: str, **more: Any
         raise TryAgainLater(problem, shared=True) from None
     except (requests.RequestException, HTTPError, OSError, ValueError) as error:
         reason = f"{_reason(error)}, {server[1]}"
-        if error.args and isinstance(error.args[0], MaxRetryError):  # without retries, so it did not connect
+        if error.args and isinstance(error.args[0], MaxRetryError):  # no retries: it did not connect
             raise TryAgainLater(f"{who} is unreachable ({reason})", who != DOWNLOAD_SERVER) from None
         raise NotUnderstood(f"{who} gave no answer ({reason})") from None
-    took, path = (time.monotonic() - began) * 1000, urlsplit(url).path  # no query: it may be signed
+    took, path = (time.monotonic() - began) * 1000, urlsplit(url).path  # no query: it may contain a signature
     log.debug("%s %s%s: %s, %.0f ms", method, server[1], path, response.status_code, took)
     return response
 
 
 def coding(response: requests.Response) -> str:
-    """Its Content-Encoding. None was asked for, but some gateways apply one, or name what is none."""
+    """The Content-Encoding. HEADERS ask for none, but some gateways apply one, or send a bogus name."""
     return sanitize(response.headers.get("Content-Encoding", "")).lower().removeprefix("x-")[:40]
 
 
 def pieces(response: requests.Response) -> Iterator[bytes]:
-    """The body as it comes, gzip decoded. Raises NotUnderstood where it may be incomplete, or is too slow."""
+    """The body as it arrives, gzip decoded. Raises NotUnderstood if it may be incomplete or is too slow."""
     raw, total = response.raw, response.raw.length_remaining
     if total is None and not raw.chunked:
         raise NotUnderstood("the answer has neither a length nor an end that shows it is whole")
@@ -216,10 +216,10 @@ def pieces(response: requests.Response) -> Iterator[bytes]:
         start = [raw.read(2)]
 
         def read(size: int) -> bytes:
-            return start.pop() if start else raw.read1(size)  # which returns what is there
+            return start.pop() if start else raw.read1(size)  # returns what has arrived
 
         if coding(response) == "gzip" and start[0] == b"\x1f\x8b":
-            # Not by urllib3, which accepts a stream that ends too early.
+            # Not decoded by urllib3, which accepts a truncated stream.
             source: Any = SimpleNamespace(read=read)
             read, total = gzip.GzipFile(fileobj=source).read1, None
         while piece := read(64 * 1024):
@@ -234,11 +234,11 @@ def pieces(response: requests.Response) -> Iterator[bytes]:
 
 
 def read_json(response: requests.Response) -> dict[str, Any]:
-    """The JSON object of a small answer; empty for anything else. Raises TryAgainLater."""
+    """The JSON object in a small answer; empty for anything else. Raises TryAgainLater."""
     body = bytearray()
     for piece in pieces(response):
         body += piece
-        if len(body) > 1024 * 1024:  # GraFx's are below 10 kB
+        if len(body) > 1024 * 1024:  # GraFx's answers are below 10 kB
             return {}
     said = None
     with contextlib.suppress(ValueError, RecursionError):
@@ -249,7 +249,7 @@ def read_json(response: requests.Response) -> dict[str, Any]:
 
 
 def retry_after(response: requests.Response) -> float | None:
-    """Seconds, from either form of Retry-After (RFC 9110, section 10.2.3); else None."""
+    """Seconds from either form of Retry-After (RFC 9110, section 10.2.3), capped; None if there is none."""
     with contextlib.suppress(HTTPError, ValueError, OverflowError):
         seconds = Retry().get_retry_after(response.raw)
         return None if seconds is None else min(seconds, LONGEST_RETRY_AFTER)
@@ -257,54 +257,51 @@ def retry_after(response: requests.Response) -> float | None:
 
 
 def error_for(response: requests.Response, who: str, prefix: str = "") -> TaskRejected | TryAgainLater:
-    """What an answer other than 200, 202 and 204 means, for the caller to raise. Raises TryAgainLater."""
+    """The error to raise for an unusable answer. Itself raises TryAgainLater if the body cannot be read."""
     status, plainly = response.status_code, f"{prefix}{who} answered {_status(response)}"
     pause = retry_after(response) if who == GRAFX else None
     if status in (407, 408, 425) or not (status in (202, 204, 500) or 400 <= status < 500):
         return NotUnderstood(plainly, retry_after=pause)
     problem = read_json(response)  # RFC 9457
     said = ": ".join(sanitize(problem[key]) for key in ("title", "detail") if problem.get(key))
-    # GraFx says so of this task. A 403 or 404 may be meant for all, whoever's words it has.
-    proven = status in (400, 422, 500) and who == GRAFX and bool(said) and not said.startswith(ASP_NET)
-    if status in (202, 204, 401, 429) or (status == 500 and not proven):
+    # GraFx gives a reason for this task. A 403 or 404 may concern all tasks, even if it gives a reason.
+    own_reason = status in (400, 422, 500) and who == GRAFX and said != "" and not said.startswith(ASP_NET)
+    if status in (202, 204, 401, 429) or (status == 500 and not own_reason):
         return TryAgainLater(plainly, retry_after=pause)
-    return TaskRejected(prefix + said if said else plainly, status, proven)
+    return TaskRejected(prefix + said if said else plainly, status, own_reason)
 
 
 class Pace:
-    """The rate limit: a time between two requests, 0 until GraFx answers that they are too many.
+    """The rate limiter: a delay between requests, 0 until GraFx answers 429 or 503.
 
-    As TCP and Postfix do it: twice as slow after a 429 or 503, a little faster after each good answer.
-    So it finds a limit that is not documented, stays near it, and forgets it when it is gone.
+    As in TCP and Postfix, each 429 or 503 halves the rate, and each good answer raises it a little.
+    So it finds an undocumented limit, stays near it, and speeds up again when the limit is gone.
     """
 
     SLOWER, FASTER = 2.0, 1.03
-    LONGEST, SHORTEST = 1.0, 0.001  # seconds; a 429 doubles at least the shortest
-    IDLE = 0.05  # seconds: a longer pause between two requests was not GraFx's
+    SHORTEST, LONGEST = 0.02, 1.0  # seconds between requests: after the first 429 or 503, and at most
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._between = 0.0  # seconds from one request to the next
-        self._usual = 0.0  # what it is without a limit, a mean of the last ones
-        self._last = self._slowed = 0.0  # monotonic
+        self._between = 0.0  # seconds between two requests
+        self._next = self._slowed = 0.0  # monotonic: when the next request may be sent; the last slowdown
 
     def wait(self) -> float:
-        """Wait for this thread's turn; returns when it began to wait, in monotonic seconds."""
+        """Wait for this thread's turn. Returns when it began to wait, in monotonic seconds."""
         with self._lock:
             now = time.monotonic()
-            turn = max(now, self._last + self._between)
-            self._usual += (min(turn - self._last, self.IDLE) - self._usual) / 8
-            self._last = turn
+            turn = max(now, self._next)
+            self._next = turn + self._between
         if turn > now:
             time.sleep(turn - now)
         return now
 
     def learn(self, status: int, began: float) -> None:
-        """Learn from the answer to a request that began to wait then."""
+        """Adapt the delay to the answer to a request; `began` is what `wait` returned for it."""
         with self._lock:
             if status in (429, 503):
-                if began >= self._slowed:  # else it was on its way when another one was answered so
-                    slower = self.SLOWER * max(self._between, self._usual, self.SHORTEST)
+                if began >= self._slowed:  # else it was already under way at the last slowdown
+                    slower = max(self.SHORTEST, self.SLOWER * self._between)
                     self._between, self._slowed = min(self.LONGEST, slower), time.monotonic()
             elif status < 400:
                 self._between /= self.FASTER
@@ -316,7 +313,7 @@ class Pace:
 class DangerousToken(AuthBase):
     """The workshop's "dangerous" token: whoever has it can do what the integration can.
 
-    It goes to the server of `base_url`, and to no other; shared by all threads, renewed when needed.
+    It is sent only to the server of `base_url`. All threads share it, and it is renewed when needed.
     """
 
     def __init__(self, base_url: str, token_url: str, client_id: str, client_secret: str) -> None:
@@ -325,13 +322,13 @@ class DangerousToken(AuthBase):
         self._form |= {"client_id": client_id, "client_secret": client_secret}
         self._lock = threading.Lock()
         self._result: str | TryAgainLater = ""  # the Authorization header, or why there is none
-        # Monotonic seconds: when to fetch it anew, when it ends, when a 401 had it renewed.
+        # Monotonic seconds: when to renew it, when it expires, when a 401 last caused a renewal.
         self._renew, self._ends, self._replaced = 0.0, 0.0, float("-inf")
         _secrets.append(client_secret)
 
     @property
     def issued(self) -> bool:
-        """Whether there ever was one."""
+        """Whether there ever was a token."""
         return self._ends > 0
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -347,7 +344,7 @@ class DangerousToken(AuthBase):
             if not self._lock.acquire(timeout=2 * sum(TIMEOUT)):
                 raise TryAgainLater(f"no token: {self.url} has not answered yet", shared=True)
             try:
-                if began >= self._renew:  # else another thread has tried it meanwhile
+                if began >= self._renew:  # else another thread has just tried
                     self._fetch()
             finally:
                 self._lock.release()
@@ -356,21 +353,21 @@ class DangerousToken(AuthBase):
         return result
 
     def replace(self, rejected: str | None) -> bool:
-        """Whether to repeat a request whose token was `rejected`; a 401 renews it at most once a minute."""
+        """Whether to retry a request whose token was `rejected`. A 401 renews it at most once a minute."""
         with self._lock:
             now = time.monotonic()
-            if self._result == rejected and now < self._renew:  # else another thread renews it
+            if self._result == rejected and now < self._renew:  # else it is or will be renewed
                 if now < self._replaced + TOKEN_PAUSE:
                     return False
                 self._replaced, self._renew, self._ends = now, 0.0, now
-            return rejected is not None  # else it is another server's 401
+            return rejected is not None  # None: it went to another server, without the token
 
     def _fetch(self) -> None:
         try:
             value, lasts = _ask_for_token(self.url, self._form)
         except TryAgainLater as error:
             now, pause = time.monotonic(), error.retry_after or 0
-            if now < self._ends:  # the old one is still good
+            if now < self._ends:  # the old token is still valid
                 self._renew = min(self._ends, now + max(TOKEN_PAUSE, pause))
                 return
             if not isinstance(error, CredentialsRejected):
@@ -383,27 +380,27 @@ class DangerousToken(AuthBase):
 
 
 def _ask_for_token(url: str, form: dict[str, str]) -> tuple[str, float]:
-    """A token, and for how many seconds it lasts. Raises TryAgainLater, CredentialsRejected."""
-    # By a connection of its own, and without the session's token, which would wait for itself.
+    """A token and its lifetime in seconds. Raises TryAgainLater, CredentialsRejected."""
+    # On its own connection, and without `auth`: fetching the token must not wait for the token.
     with requests.Session() as session, send(session, TOKEN_SERVER, "POST", url, json=form) as response:
         said, pause, status = read_json(response), retry_after(response), response.status_code
     value, lasts = said.get("access_token"), said.get("expires_in")
-    # RFC 6749, section 5.2, and Auth0's access_denied. Any other 4xx is a gateway's, or passes.
+    # RFC 6749, section 5.2, and Auth0's access_denied. Any other 4xx is from a gateway, or temporary.
     if status in (400, 401, 403) and said.get("error") in CREDENTIAL_ERRORS:
         words = sanitize(said.get("error_description") or said["error"])
         text = f"{url} rejects SERVER_ID and SERVER_SECRET: {_status(response)} {words}".rstrip()
         raise CredentialsRejected(text, True, pause)
-    # RFC 6750, section 2.1. Anything else in a header would end up in an exception's text.
+    # RFC 6750, section 2.1. An invalid header value would be quoted in an exception's text.
     if status != 200 or not isinstance(value, str) or not re.fullmatch("[!-~]+", value):
         without = " without a token" * (status == 200)
         raise TryAgainLater(f"{url} answered {_status(response)}{without}", retry_after=pause)
     if not isinstance(lasts, (int, float)) or not 0 < lasts < 1e9:
-        lasts = 3600  # where it ends earlier, a 401 tells
+        lasts = 3600  # if it expires earlier, a 401 renews it
     return value, lasts
 
 
 class GraFx:
-    """One environment of GraFx, for `pool_size` threads. Raises ValueError as `prepared`."""
+    """A GraFx environment, for `pool_size` threads. Raises ValueError, as `prepared` does."""
 
     def __init__(
         self, base_url: str, environment: str, token_url: str, client_id: str, client_secret: str,
@@ -417,8 +414,8 @@ class GraFx:
         self.session.mount(self.base_url, HTTPAdapter(pool_maxsize=pool_size))
 
     def poll(self, task_id: str) -> str | None:
-        """The address of a finished task's file; None while it renders. Raises as order_done."""
-        if time.monotonic() >= self.fresh_until:  # GraFx may have moved: its name is resolved again
+        """The URL of a finished task's file; None while it renders. Raises TaskRejected, TryAgainLater."""
+        if time.monotonic() >= self.fresh_until:  # GraFx may have a new IP address
             self.fresh_until = time.monotonic() + FRESH
             self.session.close()
         try:
@@ -426,14 +423,14 @@ class GraFx:
                 if response.status_code not in (200, 202, 204):
                     raise error_for(response, GRAFX)
                 said = read_json(response)
-                # CHILI's example startPollingOnEndpoint.ts takes a 202 for "not finished".
+                # CHILI's example startPollingOnEndpoint.ts treats a 202 as "not finished".
                 return self._link(response, said, task_id) if response.status_code == 200 else None
         except NotUnderstood:
             self.session.close()
             raise
 
     def get(self, session: requests.Session, url: str) -> requests.Response:
-        """GET. Redirects are followed here, so that the token's rule holds for each. Raises TryAgainLater."""
+        """GET. Redirects are followed here, so that DangerousToken checks each URL. Raises TryAgainLater."""
         for _ in range(REDIRECTS + 1):
             response = self._get_once(session, url)
             sent = response.request.headers.get("Authorization")
@@ -463,35 +460,35 @@ class GraFx:
         if isinstance(about, str) and about.casefold() != task_id.casefold():
             raise NotUnderstood(f"the answer was another task's: {sanitize(about)[:80]}")
         link = links.get("download") if isinstance(links, dict) else None
-        if not link and about:  # from where CHILI's own web client (studio-ui) downloads
+        if not link and about:  # CHILI's own web client (studio-ui) downloads from here
             link = f"{self.tasks}{task_id}/download"
         with contextlib.suppress(TypeError, ValueError):
             if link:
-                # Not joined where it is whole, since that would change what may be signed.
+                # An absolute URL is not joined: urljoin might change it, and it may be signed.
                 whole = re.match("https?://", link, re.IGNORECASE)
                 return self._address(link if whole else urljoin(response.url, link))
         raise TaskRejected("GraFx says finished, but gives no download link", 200)
 
     def _address(self, given: Any) -> str:
-        """An address that a server gave, to be requested. Raises ValueError as `prepared`."""
+        """The URL to request for one that a server gave. Raises ValueError, as `prepared` does."""
         url = prepared(given)
         home, (scheme, host, port) = self.token.home, origin(url)
-        # A server behind a TLS proxy may give out http addresses; without TLS they get no token.
+        # Behind a TLS proxy, GraFx may give http URLs. Those would get no token, so use https.
         if (home[0], scheme, host) == ("https", "http", home[1]) and port in (80, home[2]):
             return urlsplit(url)._replace(scheme="https", netloc=urlsplit(self.base_url).netloc).geturl()
         return url
 
 
 def check_environment(grafx: GraFx, task_id: str | None) -> str:
-    """Poll a pending task, else one that cannot exist; returns what is fine. Raises TryAgainLater."""
+    """Poll a pending task, or else one that cannot exist. Returns what works. Raises TryAgainLater."""
     with grafx.get(grafx.session, grafx.tasks + (task_id or NO_TASK)) as response:
         said, status = read_json(response), response.status_code
     if origin(str(response.url)) != grafx.token.home:
         host = urlsplit(str(response.url)).hostname
         raise TryAgainLater(f"{grafx.base_url} redirects to {host}: look at BASEURL")
     about = f" about {task_id}" if task_id else ""
-    rejected = status == 500 and task_id and said and not str(said.get("title")).startswith(ASP_NET)
-    if rejected or status in (202, 204) or (status == 200 and said):
+    own = status in (400, 422, 500) and task_id and said and not str(said.get("title")).startswith(ASP_NET)
+    if own or status in (202, 204) or (status == 200 and said):
         return f"{grafx.base_url} answers{about}"
     if status == 404 and said and not task_id:
         return f"{grafx.base_url} answers; only the first order shows whether ENVIRONMENT is right"
@@ -508,17 +505,17 @@ def check_environment(grafx: GraFx, task_id: str | None) -> str:
 def order_done(
     task_id: str, grafx: GraFx, orders_dir: Path, progress: Progress = lambda size, total: None
 ) -> Path | None:
-    """Poll a task; where it is finished, download its file to `<orders_dir>/<task_id>.<extension>`.
+    """Poll a task; if it is finished, download its file to `<orders_dir>/<task_id>.<extension>`.
 
-    Returns the file once it is whole and on the disk, None while the task renders. A file that is there
-    already is not downloaded again. The caller syncs the folder. Raises TaskRejected, TryAgainLater; OSError
-    where the folder cannot be written.
+    Returns the file once it is complete and fsynced, None while the task renders. A file that is already
+    there is not downloaded again. The caller syncs the folder. Raises TaskRejected, TryAgainLater; OSError
+    if the folder cannot be written.
     """
     if file := find_file(orders_dir, task_id):
         return file
     if not (link := grafx.poll(task_id)):
         return None
-    # A connection of its own: nobody's late answer can be taken for the file.
+    # On its own connection: a late answer to another request cannot be taken for the file.
     with requests.Session() as session, grafx.get(session, link) as response:
         if response.status_code == 200:
             return _save(response, orders_dir, task_id, progress)
@@ -529,9 +526,9 @@ def order_done(
 
 
 def find_file(orders_dir: Path, task_id: str) -> Path | None:
-    """The file of a task where it has been delivered."""
+    """The downloaded file of a task, if there is one."""
     for extension in FORMATS:
-        name = f"{orders_dir}/{task_id}.{extension}"  # as text: pathlib takes ten times as long
+        name = f"{orders_dir}/{task_id}.{extension}"  # a string: pathlib takes ten times as long
         if os.access(name, os.F_OK) and Path(name).is_file():
             return Path(name)
     return None
@@ -541,17 +538,17 @@ def remove_leftovers(orders_dir: Path) -> None:
     """Remove the partial downloads of a killed process, and nothing else."""
     for path in orders_dir.glob(".*.part"):
         if re.fullmatch(r"\.[\w.-]+\.part", path.name, re.ASCII):
-            with contextlib.suppress(OSError):  # the next download of that order says so
+            with contextlib.suppress(OSError):  # the next download of that order reports it
                 path.unlink()
 
 
 def _save(response: requests.Response, orders_dir: Path, task_id: str, progress: Progress) -> Path:
-    """Stream the body to its place. Raises as order_done; then nothing is left of it."""
+    """Stream the body to its file. Raises as order_done does, and then leaves no partial file."""
     total = None if response.headers.get("Content-Encoding") else response.raw.length_remaining
     temp, size = orders_dir / f".{task_id}.part", 0
     try:
-        # The order of these steps is the guarantee: the file has its final name only when it is whole and
-        # on the disk, and the caller forgets the order only when the name is on the disk as well.
+        # The guarantee depends on this sequence: the file gets its final name only when it is complete and
+        # fsynced, and the caller drops the order only when the rename is on the disk as well.
         with temp.open("w+b") as file:
             for piece in pieces(response):
                 file.write(piece)
@@ -561,7 +558,7 @@ def _save(response: requests.Response, orders_dir: Path, task_id: str, progress:
             extension = _extension(response, file.read(16))
             file.seek(max(0, size - len(PNG_END)))
             if extension == "png" and file.read() != PNG_END:
-                raise TaskRejected("the PNG has no end", 200, proven=True)
+                raise TaskRejected("the PNG has no end", 200, own_reason=True)
             os.fsync(file.fileno())
         whole = orders_dir / f"{task_id}.{extension}"
         if whole.is_dir():
@@ -573,7 +570,7 @@ def _save(response: requests.Response, orders_dir: Path, task_id: str, progress:
 
 
 def _extension(response: requests.Response, first: bytes) -> str:
-    """The extension by type and first bytes. Raises TaskRejected where they do not agree, TryAgainLater."""
+    """The extension for the type and first bytes. Raises TaskRejected if they disagree, TryAgainLater."""
     says = sanitize(response.headers.get("Content-Type", "").partition(";")[0]).lower()[:80]
     looks = next((ext for ext, (_, begin) in FORMATS.items() if re.match(begin, first, re.DOTALL)), "")
     if looks and says in (*FORMATS[looks][0], *NO_TYPE):
@@ -584,5 +581,6 @@ def _extension(response: requests.Response, first: bytes) -> str:
         raise TaskRejected("the file is empty", 200)
     if says in NO_TYPE:
         raise TaskRejected(f"the file is none of {', '.join(FORMATS)}", 200)
-    # What is none of the formats may be a page of whatever stands in the way.
-    raise TaskRejected(f"the file says {says} but is {looks or 'something else'}", 200, proven=bool(looks))
+    # A file of no known format may be an error page from a proxy, so it may concern all orders.
+    text = f"the file says {says} but is {looks or 'something else'}"
+    raise TaskRejected(text, 200, own_reason=bool(looks))

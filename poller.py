@@ -1,10 +1,10 @@
-"""Fetch the files of finished GraFx orders: from `database.json` to `./orders`.
+"""Download the files of finished GraFx orders, from `database.json` to `./orders`.
 
-    python poller.py             poll every order, deliver, and go on until SIGTERM or Ctrl-C
+    python poller.py             poll and deliver orders until SIGTERM or Ctrl-C
     python poller.py --once      poll each order once, for cron
     python poller.py --check     try settings, database, folder, token and GraFx
 
-The loop is `Poller.run`. What GraFx answers is in `chili.py`, what the file says in `db.py`.
+The loop is `Poller.run`. `chili.py` talks to GraFx; `db.py` reads and writes `database.json`.
 """
 
 from __future__ import annotations
@@ -43,34 +43,33 @@ import chili
 import db
 
 VERSION = "2026-11-26"
-EX_SOFTWARE, EX_CONFIG = 70, 78  # of sysexits.h
-SHORTEST_PAUSE = 2.0  # seconds between two polls of one order; CHILI's own client takes 2
-LONGEST_PAUSE = 900.0  # of a rejection that says nothing about its order
-# Rejections before an order fails: such as are about it, and such as may have another reason.
-PROVEN, UNPROVEN = 3, 20
-MINUTE = 60.0  # seconds in which no retry warning of one kind is logged twice
-ALARM = 600.0  # seconds of an outage before it is an error
-WITNESSED = 600.0  # seconds for which the daemon itself has to see a rejection, however old that is
-STALLED = 120.0  # seconds in which a poll or download moves nothing, before that is said
+SHORTEST_PAUSE = 2.0  # seconds between two polls of one order; CHILI's own client also waits 2
+LONGEST_PAUSE = 900.0  # seconds between two polls after a rejection that does not count
+# Rejections before an order fails, with and without own_reason: see chili.TaskRejected.
+OWN_REASON, PERHAPS_LIKE_ALL = 3, 20
+MINUTE = 60.0  # seconds between similar retry warnings, and before a rejection of all orders is logged
+ALARM = 600.0  # seconds before an outage, a rejection of all orders or a stall is logged as an error
+WITNESSED = 600.0  # seconds for which the daemon itself must see an old rejection before the order fails
+STALLED = 120.0  # seconds without progress before a poll or download is reported
 FORGOTTEN = 7 * 86400.0  # seconds after which GraFx forgets a task
-OUTPUT = 10_000_000  # bytes of what a command prints that are kept
+OUTPUT = 10_000_000  # bytes of a hook's output that are kept
 NEVER = float("inf")
 MORE_THREADS = "Raise the limit (ulimit -u, systemd's TasksMax=)."
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-WAITING = "waiting for ON_DONE"  # the state of an order whose file is here
+WAITING = "waiting for ON_DONE"  # the state of an order whose file is downloaded
 STATES = ("delivered", "new", "rendering", "downloading", WAITING, "rejected", "failed", "retrying")
 HIDDEN = ("SERVER_ID", "SERVER_SECRET", "SERVER_SECRET_FILE", "FRONT_ID", "FRONT_SECRET",
           "CREDENTIALS_DIRECTORY")  # fmt: skip
 
 log = logging.getLogger("poller")
-retry_log = logging.getLogger("poller.retry")  # says nothing twice in a minute, see OnceAMinute
+retry_log = logging.getLogger("poller.retry")  # rate limited, see OnceAMinute
 
 
 # --- settings --------------------------------------------------------------------------------
 
 
 class Settings(SimpleNamespace):
-    """What READERS gives, each by its name in lower case."""
+    """The settings in READERS, each under its name in lower case."""
 
     def grafx(self) -> chili.GraFx:
         credentials = self.token_url, self.server_id, self.server_secret
@@ -78,7 +77,7 @@ class Settings(SimpleNamespace):
 
 
 class SettingsError(Exception):
-    """All that is wrong with the settings, a line each with what to do."""
+    """Everything that is wrong with the settings, one line each, with what to do."""
 
 
 def address(url: str) -> str:
@@ -117,7 +116,7 @@ def command(text: str) -> list[str]:
     return words
 
 
-# A setting's name; how it is read; its default, or for those that are REQUIRED what has to be written there.
+# A setting's name; how it is read; its default, or, if it is REQUIRED, a description for the error text.
 READERS: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     ("SERVER_ID", str, "the integration's client id"),
     ("SERVER_SECRET", str, "the integration's client secret"),
@@ -138,7 +137,7 @@ REQUIRED = ("SERVER_ID", "SERVER_SECRET", "BASEURL", "ENVIRONMENT")
 
 
 def load_settings() -> Settings:
-    """The environment over `.env`. Raises SettingsError with all that is wrong."""
+    """Load the settings; the environment overrides `.env`. Raises SettingsError with everything wrong."""
     wrong: list[str] = []
     found: dict[str, Any] = {}
     try:
@@ -151,7 +150,7 @@ def load_settings() -> Settings:
                 raise ValueError("it is empty: write the secret into it")
     except db.DatabaseError as error:
         raise SettingsError(str(error)) from None
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, too
+    except (OSError, ValueError) as error:  # ValueError: also if it is not UTF-8
         raise SettingsError(f"SERVER_SECRET_FILE: {error}") from None
     if not set(REQUIRED) & given.keys() and not db.env_file().exists():
         raise SettingsError(
@@ -171,7 +170,7 @@ def load_settings() -> Settings:
 
 
 def warn_about_env(given: dict[str, str]) -> None:
-    """Say what in `.env` has no effect, and may be meant to have one."""
+    """Warn about lines in `.env` that have no effect but look as if they should."""
     for name, _, original, error in db.env_lines():
         place = f"{db.env_file()}, line {original.line + original.string[:-1].count(chr(10))}"
         meant = difflib.get_close_matches((name or "").upper(), set(NAMES) - given.keys(), 1, 0.85)
@@ -182,25 +181,25 @@ def warn_about_env(given: dict[str, str]) -> None:
 
 
 def sources() -> str:
-    """Where the settings are from; both values where the environment goes before another one of `.env`."""
+    """Where each setting comes from; with both values (unless secret) if the environment overrides `.env`."""
     file = {name: value for name, value, _, _ in db.env_lines() if value}
-    both = {}
+    found: dict[str, list[str]] = {"the environment": [], ".env": []}
     for name in NAMES:
-        if name in file and os.environ.get(name, file[name]) != file[name]:
+        outer, inner, both = os.environ.get(name), file.get(name), ""
+        if outer and inner and outer != inner:
             secret = "SECRET" in name or name in ("SERVER_ID", "ON_DONE", "ON_FAILED")
-            both[name] = " (.env has another one)" if secret else f" ({os.environ[name]}, not {file[name]})"
-    outer = [name + both.get(name, "") for name in NAMES if os.environ.get(name)]
-    inner = [name for name in NAMES if name in file and not os.environ.get(name)]
-    parts = (("the environment: ", outer), (".env: ", inner))
-    return "; ".join(f"from {place}{', '.join(names)}" for place, names in parts if names)
+            both = " (.env has another one)" if secret else f" ({outer}, not {inner})"
+        if outer or inner:
+            found["the environment" if outer else ".env"].append(name + both)
+    return "; ".join(f"from {place}: {', '.join(names)}" for place, names in found.items() if names)
 
 
 class CannotWrite(chili.TryAgainLater):
-    """ORDERS_DIR takes no file."""
+    """No file can be written to ORDERS_DIR."""
 
 
 def disk_error(folder: Path, error: OSError) -> chili.TryAgainLater:
-    """It is one order's where another file can be written."""
+    """The error to raise: CannotWrite, unless another file can be written; then it concerns one order."""
     text = f"cannot write to {folder}: {error.strerror}. {db.advice(error, folder)}"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
         with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder):
@@ -209,7 +208,7 @@ def disk_error(folder: Path, error: OSError) -> chili.TryAgainLater:
 
 
 def prepare_folder(orders_dir: Path) -> Path:
-    """Make the folder where it is missing, and see that a file can be made. Raises CannotWrite."""
+    """Create the folder if it is missing; check that it is writable. Raises CannotWrite, TryAgainLater."""
     try:
         if not orders_dir.is_dir():
             orders_dir.mkdir()
@@ -221,54 +220,51 @@ def prepare_folder(orders_dir: Path) -> Path:
 
 
 class Claim:
-    """What makes this the only poller of its database, and of its folder."""
+    """The locks that make this the only poller of its database and of its folder."""
 
     def __init__(self, database: Path, folder: Path) -> None:
         self.database, self.folder = database, folder
         self.locks: dict[Path, TextIO] = {}
         self.complete = False
-        self.look = 0.0  # when to look at the locks again, in monotonic seconds
+        self.look = 0.0  # when to check the locks again, in monotonic seconds
 
     def take(self) -> None:
-        """Raises Busy where another poller has it; DatabaseError, CannotWrite where a disk is not there."""
-        self.lock(self.database)
-        prepare_folder(self.folder)
-        self.lock_folder()
-        chili.remove_leftovers(self.folder)  # which nobody else is writing now
+        """Take the locks that are not held: not taken yet, or lost because their file was removed.
+
+        Raises Busy if another poller has one; DatabaseError, CannotWrite if a disk is missing.
+        """
+        self.look = time.monotonic() + db.LOOK
+        running = f"a poller for {self.database} is already running, one is enough"
+        self.lock(db.beside(self.database, "pid"), running)
+        if not self.complete:
+            prepare_folder(self.folder)
+        try:  # else a poller of another database could remove this one's partial downloads
+            writes = f"another poller writes to {self.folder}, give each an ORDERS_DIR of its own"
+            self.lock(self.folder / ".poller.pid", writes)
+        except db.Busy:
+            raise
+        except db.DatabaseError as error:
+            if not self.complete:
+                db.warn_once(f"{error} Two pollers with this folder would not be noticed.")
+        if not self.complete:
+            chili.remove_leftovers(self.folder)  # no other poller writes here now
         self.complete = True
 
-    def lock(self, path: Path) -> None:
-        """Have the lock for this path, another one where somebody removed its file. Raises DatabaseError."""
-        if path not in self.locks or not db.is_at(self.locks[path], db.beside(path, "pid")):
-            self.locks[path] = db.hold(path, "pid", 0)
-            db.note(self.locks[path])
-
-    def lock_folder(self) -> None:
-        """Or another database's poller would remove what is being downloaded here. Raises Busy."""
-        try:
-            self.lock(self.folder / "poller")
-        except db.Busy:
-            wrong = f"another poller writes to {self.folder}. Give each an ORDERS_DIR of its own."
-            raise db.Busy(wrong) from None
-        except db.DatabaseError as error:
-            db.warn_once(f"{error} Two pollers with this folder would not be noticed.")
-
-    def renew(self) -> None:
-        """Look whether the locks are still there. Raises Busy where another poller has taken one."""
-        self.look = time.monotonic() + db.LOOK
-        for path in self.locks:
-            self.lock(path)
+    def lock(self, place: Path, busy: str) -> None:
+        if place not in self.locks or not db.is_at(self.locks[place], place):
+            self.locks[place] = db.hold(place, 0, busy)
+            db.note(self.locks[place])
 
 
 # --- the log and the live line ---------------------------------------------------------------
 
 
 class OnceAMinute(logging.Filter):
-    """Lets a kind of message pass once a minute, with the number of those that did not."""
+    """Passes one message of each kind a minute, with the number of those held back."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.passed: dict[str, float] = {}  # kind to monotonic seconds
+        self.passed: dict[str, float] = {}  # kind to when one last passed, in monotonic seconds
         self.held: Counter[str] = Counter()
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -283,17 +279,17 @@ class OnceAMinute(logging.Filter):
         return True
 
 
-class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no argument
-    """The log on stderr: in a terminal with a live line below it, under systemd as the journal likes it.
+class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # not generic in 3.10
+    """The log on stderr: in a terminal with a live line below it, under systemd with the journal's levels.
 
-    Behind a queue with a thread of its own: a full pipe or Ctrl-S holds up neither a delivery nor a stop.
+    A queue feeds a separate thread, so that a full pipe or Ctrl-S delays neither a delivery nor a stop.
     """
 
     def __init__(self, verbose: bool) -> None:
         super().__init__(sys.stderr)
         self.terminal = sys.stderr.isatty()
-        self.live = self.drawn = ""  # the live line as it should be, and as it is
-        stat = os.fstat(2)  # systemd.exec(5): so one knows that stderr is the journal itself
+        self.live = self.drawn = ""  # the live line to show, and as it was last drawn
+        stat = os.fstat(2)  # systemd.exec(5): how to detect that stderr is the journal
         self.journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
         stamp = "" if self.journal else "%(asctime)s %(levelname)-7s "
         self.setFormatter(logging.Formatter(stamp + "%(message)s", "%Y-%m-%d %H:%M:%S"))
@@ -303,13 +299,13 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
         logging.getLogger().addHandler(logging.handlers.QueueHandler(self.queue))
         for name in ("poller", "chili", "db"):
             logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
-        logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it logs whole addresses, with signatures
-        logging.raiseExceptions = False  # a log that nobody reads is no reason to fail
+        logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it logs full URLs, with signatures
+        logging.raiseExceptions = False  # a log that cannot be written must not cause errors
         retry_log.addFilter(OnceAMinute())
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        if self.journal:  # sd-daemon(3): a level for each line, or a traceback would lose it
+        if self.journal:  # sd-daemon(3): each line needs a level, or a traceback would lose it
             level = {"DEBUG": 7, "INFO": 6, "WARNING": 4}.get(record.levelname, 3)
             return "\n".join(f"<{level}>{line}" for line in text.splitlines())
         return text
@@ -321,7 +317,7 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
         self.draw(self.live)
 
     def show(self, line: str) -> None:
-        """Put `line` in the place of the live line."""
+        """Replace the live line."""
         self.live = line
         if self.terminal and self.queue.empty():  # else the next record draws it
             self.queue.put_nowait(logging.makeLogRecord({"redraw": True}))
@@ -334,19 +330,19 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
             if line[: width - 1] == self.drawn:
                 return
             self.drawn = line[: width - 1]
-            # ?7l, ?7h: no wrapping, however wide the letters of some languages are. The cursor goes back, so
-            # that all of the line goes, also after ^C, or where a narrower terminal has wrapped it.
+            # ?7l, ?7h: no wrapping, even if some characters are two columns wide. The cursor returns to the
+            # start, so that the whole line is erased, even after ^C or if a narrower terminal wrapped it.
             self.stream.write(f"\r\x1b[J\x1b[?7l{self.drawn}\x1b[?7h\r")
             self.stream.flush()
 
     def gone(self) -> bool:
-        """Whether nobody can read the log any more: journald was stopped, or the end of a pipe closed."""
+        """Whether nobody can read the log any more: journald was stopped, or a pipe's reader is gone."""
         descriptor = select.poll()
         descriptor.register(2, 0)
         return any(event & (select.POLLHUP | select.POLLERR) for _, event in descriptor.poll(0))
 
     def finish(self) -> None:
-        """Write what is in the queue, but wait no longer than half a second for a reader."""
+        """Write what is in the queue, but wait at most half a second for a slow reader."""
         self.show("")
         stop = threading.Thread(target=self.listener.stop, daemon=True)
         stop.start()
@@ -354,18 +350,22 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # 3.10 knows no 
 
 
 def notify(state: str) -> None:
-    """Tell systemd, where it asked to be told: a datagram to $NOTIFY_SOCKET, see sd_notify(3)."""
+    """Notify systemd, if it set $NOTIFY_SOCKET, with one datagram; see sd_notify(3)."""
     if place := os.environ.get("NOTIFY_SOCKET"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
-            sock.sendto(state.encode(errors="replace"), re.sub("^@", "\0", place))  # @: an abstract one
+            sock.sendto(state.encode(errors="replace"), re.sub("^@", "\0", place))  # @: an abstract socket
 
 
 def duration(seconds: float) -> str:
-    """Seconds as "4.7 s", "12 min" or "3.5 h"."""
+    """Format seconds, such as "4.7 s", "12 min" or "3.5 h"."""
     if seconds < 100:
         return f"{seconds:.1f}".removesuffix(".0") + " s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def in_project(project: str) -> str:
+    return f" (project {project})" if project else ""
 
 
 def plural(number: int, what: str) -> str:
@@ -377,39 +377,39 @@ def plural(number: int, what: str) -> str:
 
 @dataclass(eq=False, slots=True)
 class Order:
-    """A pending order. Times are monotonic seconds, but for `added`."""
+    """A pending order. Times are monotonic seconds, except `added`."""
 
     task_id: str
     project: str
-    added: float  # seconds since 1970; infinity where the file does not say
+    added: float  # seconds since 1970; infinity if the file does not say
     seen: float  # when this process first saw it
-    state: str = "new"  # rendering, rejected, retrying, waiting for ON_DONE
-    times: int = 0  # polls in a row that ended in this state
+    state: str = "new"  # rendering, rejected, retrying, waiting for ON_DONE, delivered, failed
+    times: int = 0  # consecutive polls that ended in this state
     problem: str = ""
-    due: float = 0.0  # when to poll it; infinity while it is polled
-    polled: float = 0.0  # when it was polled last
+    due: float = 0.0  # when to poll it next; infinity while it is being polled
+    polled: float = 0.0  # when the last poll began
     handled: float = 0.0  # when the result of the last poll was handled
-    rejected: float = 0.0  # since when GraFx has rejected it; 0: it does not
-    witnessed: float = 0.0  # since when this process has seen that
-    rejections: int = 0  # how many of those count, see Poller.rejected
-    suspect: bool = False  # it was said that GraFx rejects all orders, this one too
-    moved: float = 0.0  # when its poll or download moved last; infinity while ON_DONE runs
-    alarms: int = 0  # how often it was said that it does not move
-    size: int = 0  # bytes of its file that have come
-    download: str = ""  # how far that is, as long as it goes on
+    rejected_since: float = 0.0  # perhaps before this process started; 0: it is not rejected
+    witnessed: float = 0.0  # when this process first saw it rejected; 0: it is not rejected
+    rejections: int = 0  # the rejections that count, see Poller.rejected
+    suspect: bool = False  # it is one of those in the log line that GraFx rejects all orders
+    moved: float = 0.0  # when its poll or download last made progress; infinity while ON_DONE runs
+    alarms: int = 0  # how often its lack of progress was logged
+    size: int = 0  # bytes of its file received in this poll
+    download: str = ""  # the progress as text, while it is being downloaded
 
     @property
     def age(self) -> float:
-        """Seconds since it was added, whatever the clock did meanwhile."""
+        """Seconds since it was added; at least those since `seen`, even if the clock was set back."""
         return max(time.monotonic() - self.seen, time.time() - self.added)
 
     def enter(self, state: str, problem: str = "") -> None:
-        """The one change of state; the pauses follow from what it counts."""
+        """The only place that changes the state. The back-off depends on `times`."""
         self.times = self.times + 1 if state == self.state else 1
         self.state, self.problem = state, problem
 
     def progress(self, size: int, total: int | None) -> None:
-        """The download calls this for each piece."""
+        """Called by the download for each piece."""
         self.moved = time.monotonic()
         speed = size / max(0.001, self.moved - self.polled)
         share = f"{100 * size // total}% of {chili.format_size(total)}" if total else chili.format_size(size)
@@ -417,7 +417,7 @@ class Order:
 
 
 def epoch(when: Any) -> float:
-    """A time in the file in seconds since 1970; infinity for what is no time."""
+    """A time from the file in seconds since 1970; infinity if it is not a valid time."""
     with contextlib.suppress(ValueError, OverflowError):
         seconds = db.utc(str(when)).timestamp()
         return seconds if seconds >= 0 else NEVER
@@ -425,28 +425,28 @@ def epoch(when: Any) -> float:
 
 
 def backoff(times: int, longest: float) -> float:
-    """2 s, 4 s, 8 s, … up to `longest`."""
+    """The pause after `times` equal results: 2 s, 4 s, 8 s, … up to `longest`."""
     return min(longest, SHORTEST_PAUSE * 2.0 ** min(times - 1, 20))
 
 
 class Outage:
-    """What affects every order, and until when none is polled. Times are monotonic seconds."""
+    """A failure that affects every order, and until when none is polled. Times are monotonic seconds."""
 
     def __init__(self, longest: float) -> None:
-        self.longest = longest  # seconds between two tries
+        self.longest = longest  # the most seconds between two tries
         self.error: Exception | None = None
-        self.since = self.until = 0.0  # when it began; the next try
-        self.said: set[str] = set()  # what was logged of it
-        self.quiet = self.ended = 0.0  # until when the next one is not logged; when the last one was over
-        self.limited = 0.0  # until when GraFx wants no request
+        self.since = self.until = 0.0  # when it began; when to try again
+        self.said: set[str] = set()  # what was logged about it
+        self.quiet = 0.0  # until when a new outage is not logged
+        self.limited = 0.0  # until when Retry-After forbids requests
 
     def begin(self, error: Exception) -> None:
-        """It was met, perhaps once more."""
+        """Start the outage, or note that it continues."""
         now = time.monotonic()
         if self.error is None:
             self.since, self.said = now, set()
         self.error = error
-        if now >= self.until:  # 2 s, 4 s, 8 s, …, as long as it has lasted
+        if now >= self.until:  # 2 s, 4 s, 8 s, …: the pause grows with its duration
             self.until = now + min(self.longest, SHORTEST_PAUSE + now - self.since)
         if str(error) not in self.said and now >= self.quiet:
             level = logging.ERROR if isinstance(error, chili.CredentialsRejected) else logging.WARNING
@@ -461,7 +461,7 @@ class Outage:
         if self.said:
             log.info("resumed after %s", duration(now - self.since))
             self.quiet = now + MINUTE
-        self.error, self.until, self.ended = None, 0.0, now
+        self.error, self.until = None, 0.0
 
     def pause(self) -> float:
         """Seconds until an order may be polled."""
@@ -469,45 +469,42 @@ class Outage:
 
 
 class Evidence:
-    """What tells a dead order from a GraFx that rejects all of them. Times are monotonic seconds.
+    """Decides whether GraFx rejects one order or all of them. Times are monotonic seconds.
 
     A 404 may be a maintenance page, or come from a wrong ENVIRONMENT. So it counts against its order only
-    where another order's file came meanwhile. Where no poll has a good answer, that is said.
+    if another order's file came meanwhile. If no poll gets a good answer for a minute, that is logged.
     """
 
     def __init__(self) -> None:
-        self.last_file = 0.0  # when a file came whole
-        self.answered = False  # whether any poll had a good answer
-        self.since, self.report_at = NEVER, NEVER  # since when none had; when to say so
-        self.error: chili.TaskRejected | None = None  # the last unproven rejection
-        self.problem, self.alarmed = "", False  # what was said, and whether as an error
-        self.unjudged: list[tuple[Order, chili.TaskRejected]] = []  # with `once`, until all were polled
+        self.last_file = 0.0  # when the last complete file came
+        self.answered = False  # whether any poll ever got a good answer
+        self.since = NEVER  # since when none has; NEVER: the last answer was good
+        self.error: chili.TaskRejected | None = None  # the last rejection that may concern all orders
+        self.problem, self.alarmed = "", False  # what was logged, and whether as an error
+        self.unjudged: list[tuple[Order, chili.TaskRejected]] = []  # with `once`, for `judge`
 
     def good(self) -> bool:
-        """A poll had a good answer; returns whether that ends what was said."""
+        """A poll got a good answer. Returns whether that ends a logged problem."""
         if over := bool(self.problem):
             log.info("resumed after %s", duration(time.monotonic() - self.since))
-        self.answered, self.problem, self.alarmed = True, "", False
-        self.since, self.report_at = NEVER, NEVER
+        self.answered, self.problem, self.alarmed, self.since = True, "", False, NEVER
         return over
 
-    def rejected(self, order: Order, error: chili.TaskRejected) -> None:
-        """An order has a rejection that may be meant for all."""
+    def bad(self, order: Order, error: chili.TaskRejected) -> None:
+        """An order got a rejection that may concern all orders."""
         self.error = error
         if self.problem:
             order.suspect = True
-        elif self.since == NEVER and not order.suspect:  # what was said of an order is not said again
-            self.since, self.report_at = order.polled, time.monotonic() + MINUTE
+        elif self.since == NEVER and not order.suspect:  # an order is not reported twice
+            self.since = order.polled
 
     def report(self, orders: Iterable[Order]) -> None:
-        """Where no poll has a good answer: say so after a minute, and once more as an error."""
-        now = time.monotonic()
-        if now >= self.report_at:
-            self.report_at = now + MINUTE
-            self.say([order for order in orders if order.rejected and order.polled >= self.since])
+        """If no poll has got a good answer for a minute, log that; after ALARM, log it again as an error."""
+        if time.monotonic() >= self.since + MINUTE:
+            self.say([order for order in orders if order.rejected_since and order.polled >= self.since])
 
     def say(self, rejected: list[Order]) -> None:
-        if not rejected or self.error is None:  # they have ended, or were removed
+        if not rejected or self.error is None:  # the orders have ended, or were removed
             self.good()
             return
         for order in rejected:
@@ -527,43 +524,41 @@ class Evidence:
 
 
 class HookFailed(chili.TryAgainLater):
-    """The file is here, but ON_DONE has not ended with 0."""
+    """ON_DONE or ON_FAILED did not run, or did not end with 0."""
 
 
 class Hook:
-    """ON_DONE, a command for each file that was downloaded; or ON_FAILED, for each order that failed."""
+    """A hook from the settings, ON_DONE or ON_FAILED, which runs in its own session."""
 
     def __init__(self, name: str, words: list[str], timeout: float) -> None:
         self.name, self.words, self.timeout = name, words, timeout
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
-        self.failures: list[tuple[Order, chili.TaskRejected]] = []  # for ON_FAILED, once the file has them
-        self.jobs: list[Future[None]] = []  # of ON_FAILED, which are no polls
-        self.pool = ThreadPoolExecutor(1)
+        self.lock = threading.Lock()  # else a hook could start just after the stop
 
     def run(self, order: Order, file: Path | None, **more: str) -> None:
-        """Run the command for an order. Raises HookFailed unless it ends by itself, with 0."""
-        if self.stopping:
-            raise HookFailed("the poller is stopping")
+        """Run the hook for an order. Raises HookFailed unless it ends by itself, with 0; TaskRejected."""
         if file and not file.is_file():
-            if order.size:  # it came just now, so somebody takes each: a person has to decide
+            if order.size:  # just downloaded: if something takes every new file, retries are useless
                 gone = "its file was taken out of orders before ON_DONE could run"
                 raise chili.TaskRejected(gone, 200, final=True)
             raise HookFailed("its file was removed before ON_DONE could run")
-        with tempfile.TemporaryFile() as output:  # not a pipe, which what it leaves running would hold open
+        with tempfile.TemporaryFile() as output:  # not a pipe: its children could keep that open
             fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)  # so that it can be truncated
-            process = self.start(order, file, output, more)
-            why = "was not seen to end"
+            process, why = self.start(order, file, output, more), "was not seen to end"
             try:
                 why = self.wait(process, output)
-            finally:  # whatever happened, it may have run
-                self.end(process, why)
+            finally:  # the hook may have run, even after an exception
+                if why or process.returncode:  # else its children would run alongside the retry
+                    signal_session(process.pid, signal.SIGKILL)
+                process.wait()
+                self.running.discard(process)
             output.seek(max(0, output.seek(0, os.SEEK_END) - 10_000))
             text = output.read().decode(errors="replace")
         lines = list(filter(None, map(chili.sanitize, text.splitlines())))[-10:]
         code = process.returncode
         fine = code == 0 and not why
-        for line in lines if fine else lines[:-1]:  # the last one is in the error
+        for line in lines if fine else lines[:-1]:  # the last line is in the error
             (log if fine else retry_log).info("%s %s: %s", order.task_id, self.name, line)
         if fine:
             return
@@ -576,64 +571,82 @@ class Hook:
         words = [word.replace("{}", str(file)) for word in self.words] if file else self.words
         if file and words == self.words:
             words.append(str(file))
-        # In bytes, whatever the locale can encode.
+        # In bytes, so that the locale's encoding does not matter.
         env = {name: value for name, value in os.environb.items() if name.decode("latin-1") not in HIDDEN}
         more = {"TASK_ID": order.task_id, "PROJECT_ID": order.project, **more}
         env |= {name.encode(): value.encode(errors="replace") for name, value in more.items()}
         if file:
             env[b"ORDER_FILE"] = os.fsencode(file)
-        try:
-            process = subprocess.Popen(  # noqa: S603 - no shell, and the words are the user's own
-                words, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
-        except (OSError, ValueError) as error:
-            raise HookFailed(f"{self.name} cannot be run: {error}") from None
-        self.running.add(process)
-        return process
+        with self.lock:
+            if self.stopping:
+                raise HookFailed("the poller is stopping")
+            try:
+                process = subprocess.Popen(  # noqa: S603 - no shell, and the user set the command
+                    words,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            except (OSError, ValueError) as error:
+                raise HookFailed(f"{self.name} cannot be run: {error}") from None
+            self.running.add(process)
+            return process
 
     def wait(self, process: subprocess.Popen[bytes], output: Any) -> str:
-        """Until it has ended; by force at its timeout, or when the poller stops. Returns why by force."""
+        """Wait until the hook ends. End it at its timeout, or when the poller stops; returns why, else ""."""
         deadline, why = time.monotonic() + self.timeout, ""
-        # Not reaped yet: so long its number is its session's, and no other process's.
-        while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if os.fstat(output.fileno()).st_size > OUTPUT:  # not after its end
+        while process.poll() is None:
+            if os.fstat(output.fileno()).st_size > OUTPUT:  # only while it runs
                 output.truncate(0)
             if self.stopping and not why:
                 deadline, why = time.monotonic() + 0.8, "was ended because the poller stops"
                 signal_session(process.pid, signal.SIGTERM)
             if time.monotonic() >= deadline:
-                why = why or f"took longer than {self.timeout:g} s"
+                deadline, why = time.monotonic() + 1.0, why or f"took longer than {self.timeout:g} s"
                 signal_session(process.pid, signal.SIGKILL)
             time.sleep(0.05)
         return why
 
-    def end(self, process: subprocess.Popen[bytes], why: str) -> None:
-        """Reap it; unless it ended by itself, with 0, what it left running is ended too."""
-        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if why or not ended or ended.si_status:
-            signal_session(process.pid, signal.SIGKILL)
-        process.wait()
-        self.running.discard(process)
+    def stop(self) -> None:
+        """End all running hooks, whose exit codes are then ignored, and start no more."""
+        with self.lock:
+            self.stopping = True
+        deadline = time.monotonic() + 5.0
+        while self.running and time.monotonic() < deadline:
+            time.sleep(0.05)
 
-    def report(self, order: Order, error: chili.TaskRejected) -> None:
-        """In a thread: ON_FAILED. Where it does not end well that is logged, and it is not run again."""
+
+class OnFailed(Hook):
+    """ON_FAILED: at most once for each failed order, one at a time, in its own thread."""
+
+    def __init__(self, words: list[str], timeout: float) -> None:
+        super().__init__("ON_FAILED", words, timeout)
+        self.failures: list[tuple[Order, chili.TaskRejected]] = []  # those it has not run for yet
+        self.pool, self.jobs = ThreadPoolExecutor(1), list[Future[None]]()
+
+    def run_for_all(self) -> None:
+        """Queue it for each of `failures`."""
+        self.jobs = [job for job in self.jobs if not job.done()]
+        self.jobs += [self.pool.submit(self.run_once, *failure) for failure in self.failures]
+        self.failures = []
+
+    def run_once(self, order: Order, error: chili.TaskRejected) -> None:
+        """Runs in a thread. If the hook fails, that is logged, and it is not run again."""
         try:
             self.run(order, None, STATUS=str(error.status or ""), ERROR=str(error))
         except (HookFailed, OSError) as wrong:
             log.error("%s %s; it is not run again", order.task_id, wrong)
 
-    def stop(self) -> None:
-        """Have all that run ended, whose exit code does not count then; no more are started."""
-        self.stopping = True
-        deadline = time.monotonic() + 1.5
-        while self.running and time.monotonic() < deadline:
-            time.sleep(0.05)
-
 
 def signal_session(leader: int, how: int) -> None:
-    """To a command and all that it started, whatever process groups they made: proc(5), field 6."""
+    """Signal a hook and everything it started, in any process group: proc(5), field 6 is the session.
+
+    The session keeps the hook's process id while any of them lives, even after the hook itself has ended.
+    """
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, how)  # all there is without /proc
+        os.killpg(leader, how)  # the only way without /proc
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             if stat.read_text(errors="replace").rpartition(")")[2].split()[3] == str(leader):
@@ -644,10 +657,10 @@ def signal_session(leader: int, how: int) -> None:
 
 
 class Poller:
-    """The single loop, and one method for each result. All state is the loop's.
+    """The poll loop, with one method for each result. All state belongs to the loop's thread.
 
     A pending order is in `orders`, and either in `queue` until it is due or in `polling` while a thread polls
-    it. One that has ended is a result in `database`, until the file says so.
+    it. An order that has ended is a result in `database` until it is written.
     """
 
     def __init__(self, settings: Settings, screen: Screen) -> None:
@@ -655,16 +668,16 @@ class Poller:
         self.grafx = settings.grafx()
         self.database = db.Database(settings.database, prove=bool(settings.on_done))
         self.orders: dict[str, Order] = {}
-        self.queue: list[tuple[float, str]] = []  # a heap; an entry that is not its order's `due` is stale
-        self.polling: dict[Future[Any], Order | None] = {}  # None: the first token
+        self.queue: list[tuple[float, str]] = []  # a heap; an entry is stale if its order's `due` differs
+        self.polling: dict[Future[Any], Order | None] = {}  # None: the first token request
         self.results: queue.SimpleQueue[Future[Any] | None] = queue.SimpleQueue()
         self.pool = ThreadPoolExecutor(settings.concurrency)
         self.outage, self.evidence = Outage(settings.poll_interval), Evidence()
         self.hook = Hook("ON_DONE", settings.on_done, settings.on_done_timeout)
-        self.on_failed = Hook("ON_FAILED", settings.on_failed, settings.on_done_timeout)
+        self.on_failed = OnFailed(settings.on_failed, settings.on_done_timeout)
         self.status = Status(screen)
         self.claim = Claim(settings.database, settings.orders_dir)
-        self.exit_code: int | None = None  # of a stop that was asked for
+        self.exit_code: int | None = None  # set when a stop was requested
         what = settings.database, settings.baseurl, settings.environment, settings.orders_dir
         log.info("GraFx order poller %s: %s, %s, environment %s, files to %s", VERSION, *what)
         for name in STOP_SIGNALS:
@@ -676,7 +689,7 @@ class Poller:
         return bool(self.settings.once)
 
     def run(self) -> int:
-        """Poll until a signal, with `once` until each order was polled; returns the exit code."""
+        """Poll until a signal, or with `once` until each order was polled. Returns the exit code."""
         while True:
             if self.once and not self.polling and not self.orders:
                 self.judge()
@@ -686,12 +699,12 @@ class Poller:
                 self.sync_orders()
                 self.poll_due_orders()
             self.handle_results()
-            if not self.once:  # else at the end
+            if not self.once:  # with `once`, `judge` reports
                 self.evidence.report(self.orders.values())
             self.status.report(self)
 
     def is_done(self) -> bool:
-        """With `once`: an outage is not waited for, nor that somebody mends the database."""
+        """With `once`: whether to stop. It does not wait for an outage to end or a database to be fixed."""
         if self.polling or not all(job.done() for job in self.on_failed.jobs):
             return False
         if self.on_failed.failures and not self.database.problem:
@@ -702,72 +715,65 @@ class Poller:
         return self.status.ready and not self.orders if loaded else bool(self.database.problem)
 
     def on_signal(self, *_: object) -> None:
-        """Set a flag, wake the loop, and nothing else: a signal may interrupt anything."""
+        """Only set a flag and wake the loop: a signal may interrupt anything."""
         self.exit_code = self.exit_code or 0
         self.results.put(None)
 
     def prepare(self) -> bool:
-        """Whether this is the only poller here; a disk that is not there yet is waited for."""
-        complete = self.claim.complete
-        if time.monotonic() < self.claim.look if complete else self.outage.pause() > 0:
-            return complete
+        """Whether this is the only poller here. If a disk is not there yet, wait for it."""
+        claim, first = self.claim, not self.claim.complete
+        if time.monotonic() < claim.look or (first and self.outage.pause() > 0):
+            return claim.complete
         try:
-            if complete:
-                self.claim.renew()
-            else:
-                self.claim.take()
+            claim.take()
+            if first:
                 self.outage.end()
         except db.Busy as error:
             log.error("%s", error)
             self.exit_code = 1
+            self.results.put(None)  # wake the loop, so that it stops
         except (db.DatabaseError, chili.TryAgainLater, OSError) as error:
-            if not complete:
+            if first:
                 self.outage.begin(error)
-        return self.claim.complete
+        return claim.complete
 
     def sync_orders(self) -> None:
-        """Write the results; see which orders came into the file, and which were removed from it."""
+        """Write the results; apply which orders others added to the file or removed from it."""
         first = not self.database.loaded
-        new, gone = self.database.sync(idle=not self.polling and self.next_due() > time.monotonic())
-        self.report_failures()
+        new, gone = self.database.sync()
+        if self.database.settled:  # else it could run twice for an order not yet under "failed"
+            self.on_failed.run_for_all()
         if self.once and not first:
             return
         if new or gone:
-            self.status.states = None, Counter()  # to be counted anew
+            self.status.states = None, Counter()  # recount
         for task_id, fields in new.items():
             self.add(task_id, fields)
-            if len(new) <= 5 and not first:
-                project = self.orders[task_id].project
-                log.info("%s added%s", task_id, f" (project {project})" if project else "")
         for task_id in gone:
             del self.orders[task_id]
-            if len(gone) <= 5:
-                log.info("%s removed from the file by somebody", task_id)
         for task_ids, what in ((new, "added"), (gone, "removed from the file by somebody")):
             if len(task_ids) > 5 and not first:
                 log.info("%d orders %s", len(task_ids), what)
-
-    def report_failures(self) -> None:
-        """Start ON_FAILED for what the file has under "failed", so that it runs once at most."""
-        while self.on_failed.failures and self.database.settled:
-            failure = self.on_failed.failures.pop(0)
-            job = self.on_failed.pool.submit(self.on_failed.report, *failure)
-            job.add_done_callback(lambda _: self.results.put(None))
-            self.on_failed.jobs = [one for one in (*self.on_failed.jobs, job) if not one.done()]
+            for task_id in task_ids if len(task_ids) <= 5 and not first else ():
+                project = self.orders[task_id].project if task_id in self.orders else ""
+                log.info("%s %s%s", task_id, what, in_project(project))
 
     def add(self, task_id: str, fields: db.Fields) -> None:
-        """Know an order of the file; where an earlier process saw it rejected, that counts on."""
+        """Add an order from the file; if an earlier process saw it rejected, that time still counts."""
         for order in self.polling.values():
-            if order and db.key(order.task_id) == db.key(task_id):  # removed and added again meanwhile
+            if order and db.key(order.task_id) == db.key(task_id):  # removed and re-added during its poll
                 order.task_id, self.orders[task_id] = task_id, order
                 return
         now, project = time.monotonic(), chili.sanitize(fields.get("projectID") or "")
         order = Order(task_id, project, epoch(fields.get("added")), now, handled=now)
         if record := self.database.failing.get(task_id):
-            # A clock that was set back neither stops the polls nor ends them.
-            order.state, order.rejected = "rejected", min(now, now - time.time() + epoch(record.get("since")))
+            # `since` may be missing, or in the future if the clock was set back: then it counts from now.
+            order.state, order.rejected_since = (
+                "rejected",
+                min(now, now - time.time() + epoch(record.get("since"))),
+            )
             times = record.get("times")
-            # The daemon polls it so often once more, since it does not note each time.
+            # The daemon starts the count again, since it does not write each rejection to the file.
             order.rejections = times if self.once and isinstance(times, int) else 0
         elif chili.find_file(self.settings.orders_dir, task_id):
             order.state = WAITING
@@ -775,11 +781,11 @@ class Poller:
         self.requeue(order, 0.0)
 
     def requeue(self, order: Order, pause: float) -> None:
-        """Poll it again in so many seconds; all the while it stays in database.json."""
+        """Re-queue an order, to be polled in `pause` seconds; it stays in database.json."""
         if self.once and order.polled:
             self.orders.pop(order.task_id, None)
         order.due = time.monotonic() + pause
-        heapq.heappush(self.queue, (order.due, order.task_id))  # stale where somebody removed it meanwhile
+        heapq.heappush(self.queue, (order.due, order.task_id))  # stale if it was removed meanwhile
 
     def next_due(self) -> float:
         """When the next order is due, in monotonic seconds."""
@@ -791,11 +797,11 @@ class Poller:
         return NEVER
 
     def poll_due_orders(self) -> None:
-        """Give due orders to the threads, no more than may be polled at once."""
+        """Submit due orders to the threads, at most CONCURRENCY at once."""
         now, paused = time.monotonic(), self.outage.pause() > 0
         if not self.grafx.token.issued and not paused and None not in self.polling.values():
-            self.submit(None)  # so it shows at once whether the credentials are right
-        if paused or not self.grafx.token.issued:  # a file that is here needs no GraFx
+            self.submit(None)  # to check the credentials at once
+        if paused or not self.grafx.token.issued:  # a downloaded file does not need GraFx
             here = [order for order in self.orders.values() if order.state == WAITING and order.due <= now]
             for order in here[: max(0, self.settings.concurrency - len(self.polling))]:
                 self.submit(order)
@@ -804,7 +810,7 @@ class Poller:
             self.submit(self.orders[heapq.heappop(self.queue)[1]])
 
     def submit(self, order: Order | None) -> None:
-        """Let a thread poll an order, or fetch the first token; its result comes back through `results`."""
+        """Let a thread poll an order, or fetch the first token (None). The result comes back in `results`."""
         if order:
             log.debug("%s polled (project %s)", order.task_id, order.project or "not given")
             order.polled = order.moved = time.monotonic()
@@ -814,26 +820,26 @@ class Poller:
         future.add_done_callback(self.results.put)
 
     def poll(self, order: Order) -> Path | None:
-        """In a thread: `chili.order_done`, then ON_DONE where it is set; None while the task renders."""
+        """Runs in a thread: `chili.order_done`, then ON_DONE if it is set. None while the task renders."""
         folder = self.settings.orders_dir
         try:
             file = chili.order_done(order.task_id, self.grafx, folder, order.progress)
-            if file:  # also where it was here: a process may have been killed between its rename and this
+            if file:  # even if it was already here: a process may have been killed after its rename
                 db.sync_folder(folder)
         except OSError as error:
             raise disk_error(folder, error) from None
         order.download, order.moved = "", NEVER
         try:
             if file and self.hook.words:
-                if not self.database.deliveries.writable:  # or it would run again after each start
+                if not self.database.deliveries.writable:  # else it would run again after each restart
                     raise HookFailed("waits with ON_DONE until the list of deliveries can be written")
                 self.hook.run(order, file)
-        except OSError as error:  # no room for its output, say
+        except OSError as error:  # e.g. no space for its output
             raise HookFailed(f"ON_DONE was not seen to end well: {error}") from None
         return file
 
     def handle_results(self, seconds: float | None = None) -> None:
-        """Wait for a result, but no longer than to the next order due or the next report; handle all."""
+        """Wait for a result, at most until the next order or report is due; then handle all results."""
         if seconds is None:
             seconds, now = self.status.pause, time.monotonic()
             if self.grafx.token.issued and len(self.polling) < self.settings.concurrency:
@@ -845,7 +851,7 @@ class Poller:
                 seconds = 0.0
 
     def handle(self, order: Order | None, future: Future[Any]) -> None:
-        """What a poll, or the first token's request, ended with."""
+        """Handle the result of a poll, or of the first token request (None)."""
         error = future.exception()
         if error and not isinstance(error, (chili.TaskRejected, chili.TryAgainLater)):
             what = order.task_id if order else "the token:"
@@ -853,34 +859,26 @@ class Poller:
             error = chili.TryAgainLater(f"unexpected {type(error).__name__}")
         if isinstance(error, chili.CredentialsRejected) and not self.grafx.token.issued:
             log.error("%s", error)
-            self.exit_code = EX_CONFIG
+            self.exit_code = os.EX_CONFIG
         if isinstance(error, chili.TryAgainLater) and error.retry_after:
             retry_log.warning("rate limited: Retry-After %.0f s", error.retry_after)
             self.outage.limited = max(self.outage.limited, time.monotonic() + error.retry_after)
         if order:
             self.handle_order(order, None if error else future.result(), error)
             return
-        self.status.ready = True  # orders are polled from now on, and systemd is told
+        self.status.ready = self.exit_code is None  # the first token request has ended: systemd is notified
         if self.outage.error and not error:
             self.outage.end()
         elif isinstance(error, chili.TryAgainLater) and self.exit_code is None:
             self.outage.begin(error)
 
     def handle_order(self, order: Order, file: Path | None, error: BaseException | None) -> None:
-        """What the poll of an order ended with: its file, an error, or neither."""
+        """Handle the result of an order's poll: its file, an error, or neither."""
         came = order.size > 0 and (error is None or isinstance(error, HookFailed))
-        resumed = self.end_outage(order, error, came)
-        if came:
-            self.evidence.last_file = time.monotonic()
-        rejected = error if isinstance(error, chili.TaskRejected) else None
-        renders = error is None and not file
-        if came or renders or (rejected and rejected.proven):  # so GraFx, and not a page before it, answers
-            resumed = self.evidence.good() or resumed
-        elif rejected:
-            self.evidence.rejected(order, rejected)
+        over = self.learn(order, file, error, came)
         if order.age > FORGOTTEN and not file:
             error = forgotten(error)
-        if isinstance(error, chili.TaskRejected) and not error.proven and self.once:
+        if isinstance(error, chili.TaskRejected) and not error.own_reason and self.once:
             self.orders.pop(order.task_id, None)
             self.evidence.unjudged.append((order, error))
             return
@@ -894,19 +892,35 @@ class Poller:
             self.pending(order)
         order.size, order.download, order.handled = 0, "", time.monotonic()
         self.status.results[order.state] += 1
-        # Rejected orders have long pauses, for which there is no reason any more.
-        soon = 0.0 if resumed else self.settings.poll_interval
-        for other in map(self.orders.get, [*self.database.failing] if resumed or came else []):
-            if other and time.monotonic() + soon < other.due < NEVER:
-                self.requeue(other, soon)
+        if over or came:  # rejected orders no longer need their long pauses
+            self.hasten(0.0 if over else self.settings.poll_interval)
+
+    def learn(self, order: Order, file: Path | None, error: BaseException | None, came: bool) -> bool:
+        """Note what a poll shows about GraFx and the disk. Returns whether a problem with them has ended."""
+        over = self.end_outage(order, error, came)
+        if came:
+            self.evidence.last_file = time.monotonic()
+        rejected = error if isinstance(error, chili.TaskRejected) else None
+        renders = error is None and not file
+        if came or renders or (rejected and rejected.own_reason):  # from GraFx itself, not a proxy
+            over = self.evidence.good() or over
+        elif rejected:
+            self.evidence.bad(order, rejected)
+        return over
+
+    def hasten(self, pause: float) -> None:
+        """Poll the rejected orders within `pause` seconds."""
+        for order in map(self.orders.get, [*self.database.failing]):
+            if order and time.monotonic() + pause < order.due < NEVER:
+                self.requeue(order, pause)
 
     def end_outage(self, order: Order, error: BaseException | None, came: bool) -> bool:
-        """End the outage where this poll began after it did, and shows that it is over."""
+        """End the outage if this poll began after it and shows that it is over. Returns whether it did."""
         if self.outage.error is None or order.polled < self.outage.since:
             return False
-        if isinstance(self.outage.error, CannotWrite):  # only a new file shows that the disk takes one
+        if isinstance(self.outage.error, CannotWrite):  # only a new file shows that the disk is writable
             over = came
-        else:  # a file that was here says nothing about GraFx
+        else:  # a file that was already here says nothing about GraFx
             shared = isinstance(error, chili.TryAgainLater) and error.shared
             over = order.state != WAITING and not shared
         if over:
@@ -914,9 +928,9 @@ class Poller:
         return over
 
     def delivered(self, order: Order, file: Path) -> None:
-        """Its file is whole on the disk, and ON_DONE has run: it may leave database.json."""
+        """The file is complete and on the disk, and ON_DONE has succeeded: remove it from database.json."""
         order.enter("delivered")
-        self.orders.pop(order.task_id, None)  # somebody may have removed it meanwhile
+        self.orders.pop(order.task_id, None)  # it may have been removed meanwhile
         self.database.delivered(order.task_id, file.name)
         self.status.last = f"last delivery {time.strftime('%H:%M:%S')}"
         size = chili.format_size(order.size) if order.size else "downloaded before"
@@ -924,66 +938,73 @@ class Poller:
         log.info("%s delivered to %s (%s, %s after it was added)", order.task_id, place, size, took)
 
     def pending(self, order: Order) -> None:
-        """202 or 204: GraFx renders it."""
+        """202 or 204: GraFx is rendering the order."""
         order.enter("rendering")
         self.clear(order)
-        # So a file is here at most a quarter of its render time (and 2 s) after it is ready,
+        # So a finished file is noticed after at most a quarter of its render time, or 2 s if that is longer,
         # and an order that renders for an hour is not polled 1,800 times.
         self.requeue(order, min(self.settings.poll_interval, max(SHORTEST_PAUSE, order.age / 4)))
 
     def clear(self, order: Order) -> None:
-        """It is rejected no more: it renders, or its file is here."""
-        order.rejected, order.witnessed, order.rejections, order.suspect = 0.0, 0.0, 0, False
+        """The order is no longer rejected: it is rendering, or its file is here."""
+        order.rejected_since, order.witnessed, order.rejections, order.suspect = 0.0, 0.0, 0, False
         self.database.pending(order.task_id)
 
     def rejected(self, order: Order, error: chili.TaskRejected) -> None:
-        """There is no file, GraFx says. It fails where that was so often enough, and for GIVE_UP_AFTER.
-
-        What may be meant for all orders counts only where another one's file came since the last poll.
-        """
-        now, give_up_after = time.monotonic(), self.settings.give_up_after
-        first, order.rejected = not order.rejected, order.rejected or now
+        """GraFx rejected the order. It fails after enough rejections that count, and GIVE_UP_AFTER."""
+        now, first = time.monotonic(), not order.rejected_since
+        order.rejected_since = order.rejected_since or now
         order.witnessed = order.witnessed or now
         order.enter("rejected", str(error))
-        counts = error.proven or self.evidence.last_file > order.handled
+        # What may concern all orders counts only if another order's file came since this order's last poll.
+        counts = error.own_reason or self.evidence.last_file > order.handled
         order.rejections += counts
-        left = order.rejected + give_up_after - now
-        if not self.once:  # what was noted before a night off is not enough
-            left = max(left, order.witnessed + min(WITNESSED, give_up_after) - now)
-        project = f" (project {order.project})" if order.project else ""
-        if error.final or (order.rejections >= (PROVEN if error.proven else UNPROVEN) and left <= 0):
-            order.enter("failed")
-            known = self.orders.pop(order.task_id, None) or self.once  # else somebody removed it meanwhile
-            self.database.failed(order.task_id, error.status, str(error))
-            log.error("%s failed%s: %s", order.task_id, project, error)
-            if self.on_failed.words and known:
-                self.on_failed.failures.append((order, error))
+        enough = order.rejections >= (OWN_REASON if error.own_reason else PERHAPS_LIKE_ALL)
+        left = self.time_left(order)
+        if error.final or (enough and not left):
+            self.failed(order, error)
             return
         if first:
-            until = time.strftime("%H:%M:%S", time.localtime(time.time() + max(0.0, left)))
-            until += ", then it fails" if error.proven else " or later"
+            until = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
+            until += ", then it fails" if error.own_reason else " or later"
             said = str(error).rstrip(".")
             text = "%s rejected by GraFx: %s%s; retrying until %s"
-            retry_log.warning(text, order.task_id, said, project, until)
-        if self.once or self.database.failing.get(order.task_id, {}).get("status") != error.status:
-            seconds = round(time.time() - time.monotonic() + order.rejected)
+            retry_log.warning(text, order.task_id, said, in_project(order.project), until)
+        noted = self.database.failing.get(order.task_id)
+        if self.once or not noted or noted.get("status") != error.status:
+            seconds = round(time.time() - now + order.rejected_since)
             since = db.stamp(datetime.fromtimestamp(seconds, timezone.utc))
             record = {"status": error.status, "error": str(error), "since": since, "times": order.rejections}
             self.database.rejected(order.task_id, record)
         longest = self.settings.poll_interval if counts else LONGEST_PAUSE
         self.requeue(order, backoff(order.times, longest))
 
+    def time_left(self, order: Order) -> float:
+        """The least seconds for which a rejected order is still retried."""
+        give_up_after: float = self.settings.give_up_after
+        end = order.rejected_since + give_up_after
+        if not self.once:  # an old record alone must not make it fail at startup
+            end = max(end, order.witnessed + min(WITNESSED, give_up_after))
+        return max(0.0, end - time.monotonic())
+
+    def failed(self, order: Order, error: chili.TaskRejected) -> None:
+        """The order is no longer polled."""
+        order.enter("failed")
+        known = self.orders.pop(order.task_id, None) or self.once  # else it was removed meanwhile
+        self.database.failed(order.task_id, error.status, str(error))
+        log.error("%s failed%s: %s", order.task_id, in_project(order.project), error)
+        if self.on_failed.words and known:
+            self.on_failed.failures.append((order, error))
+
     def retry_later(self, order: Order, error: chili.TryAgainLater) -> None:
-        """It could not be polled or delivered, through no fault of its own."""
+        """The order could not be polled or delivered, for a reason that says nothing about it."""
         pause, hook = 0.0, isinstance(error, HookFailed)
         order.enter(WAITING if hook else "retrying", str(error))
         if hook:
             self.clear(order)
-        # What was asked before the last outage ended says nothing about now.
-        shared = error.shared and (self.outage.error is not None or order.polled >= self.outage.ended)
         if self.exit_code is not None:
             pass
-        elif shared:
+        elif error.shared:
             self.outage.begin(error)
         else:
             pause = backoff(order.times, self.settings.poll_interval)
@@ -992,7 +1013,7 @@ class Poller:
         self.requeue(order, pause)
 
     def stop(self) -> int:
-        """End the commands, and write the results. Downloads are dropped."""
+        """End the hooks and write the results. Running downloads are dropped."""
         notify("STOPPING=1")
         self.exit_code = self.exit_code or 0
         self.hook.stop()
@@ -1004,7 +1025,7 @@ class Poller:
         for order, _ in self.on_failed.failures:
             log.error("%s ON_FAILED was not run, since the poller stops", order.task_id)
         for file in self.claim.locks.values():
-            db.note(file)  # nothing is wrong any more
+            db.note(file)  # clear the status for `db.py list`
         if not self.once:
             log.info("stopped, %d pending", len(self.orders) + unwritten)
             return self.exit_code or int(unwritten > 0)
@@ -1018,7 +1039,7 @@ class Poller:
         return self.exit_code or (0 if fine else 1)
 
     def judge(self) -> None:
-        """With `once`: judge the rejections that may be meant for all, now that all orders were polled."""
+        """With `once`, after all orders were polled: handle the rejections that may concern all orders."""
         unjudged, self.evidence.unjudged = self.evidence.unjudged, []
         for order, error in unjudged:
             self.rejected(order, error)
@@ -1028,31 +1049,27 @@ class Poller:
 
 
 def forgotten(error: BaseException | None) -> BaseException | None:
-    """What a poll's result means for an order that is older than GraFx keeps a task."""
+    """The error to use instead of a poll's own, for an order older than FORGOTTEN."""
     if isinstance(error, chili.TryAgainLater) and (error.shared or isinstance(error, HookFailed)):
         return error
-    if isinstance(error, chili.TaskRejected) and error.proven:
+    if isinstance(error, chili.TaskRejected) and error.own_reason:
         return error
     text = f"not finished after 7 days, when GraFx forgets a task; last answer: {error or 204}"
-    return chili.TaskRejected(text, getattr(error, "status", None if error else 204), proven=True)
+    return chili.TaskRejected(text, getattr(error, "status", None if error else 204), own_reason=True)
 
 
 class Status:
-    """What a person sees beside the log: the live line, systemd's status, the note for `db.py list`."""
+    """What a person sees besides the log: the live line, systemd's status, the note for `db.py list`."""
 
     def __init__(self, screen: Screen) -> None:
         self.screen = screen
-        self.ready = False  # the token endpoint has answered
-        self.results: Counter[str] = Counter()  # of all polls
-        self.states: tuple[Any, Counter[str]] = (None, Counter())  # of the orders, and as of which results
+        self.ready = False  # the first token request has ended
+        self.results: Counter[str] = Counter()  # the states in which polls ended
+        self.states: tuple[Any, Counter[str]] = (None, Counter())  # the orders' states after so many results
         self.last = self.note = ""  # the last delivery; what `db.py list` shows
-        self.due = 0.0  # the next report
+        self.pause = min(db.LOOK, 0.2) if screen.terminal else db.LOOK  # seconds between two reports
+        self.due = 0.0  # when the next report is due
         self.ready_by = time.monotonic() + 30.0  # READY=1 is sent by then at the latest
-
-    @property
-    def pause(self) -> float:
-        """Seconds between two reports."""
-        return min(db.LOOK, 0.2) if self.screen.terminal else db.LOOK
 
     def report(self, poller: Poller) -> None:
         now = time.monotonic()
@@ -1061,12 +1078,13 @@ class Status:
         if self.screen.gone():
             poller.exit_code = 1
         self.due, version = now + self.pause, self.results.total()
-        if version != self.states[0]:  # there may be 20,000 of them
+        if version != self.states[0]:  # not at each report: there may be 20,000 orders
             self.states = version, Counter(order.state for order in poller.orders.values())
         polled = (order for order in poller.polling.values() if order and order.task_id in poller.orders)
-        downloads = [order for order in polled if order.download]
-        states = self.states[1] - Counter(order.state for order in downloads)
-        states["downloading"] = len(downloads)
+        busy = [order for order in polled if order.download or order.moved == NEVER]
+        downloads = [order for order in busy if order.download]
+        states = self.states[1] - Counter(order.state for order in busy)
+        states += Counter({"downloading": len(downloads), WAITING: len(busy) - len(downloads)})
         counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
         whom, problem, due = self.problem(poller, states)
         if (note := ": ".join(filter(None, (whom, problem)))) != self.note:
@@ -1075,17 +1093,16 @@ class Status:
                 db.note(file, note)
         when = f" in {max(0.0, due - now):.0f} s" if due < NEVER else ""
         wrong = ", ".join(filter(None, (whom, f"retry{when}: {problem}"))) if problem else ""
-        first = now >= self.ready_by or (self.ready and self.ready_by < NEVER)
-        self.ready_by = NEVER if first else self.ready_by
+        ready = self.ready or now >= self.ready_by
         state = "; ".join(filter(None, (wrong, counts or "idle, 0 pending", self.last)))
         state += time.strftime(" (%H:%M:%S)")
-        notify("READY=1\n" * first + f"WATCHDOG=1\nSTATUS={state}")  # it stops where the loop hangs
+        notify("READY=1\n" * ready + f"WATCHDOG=1\nSTATUS={state}")  # WATCHDOG=1 stops if the loop hangs
         loading = [f"{order.task_id[:8]} {order.download}" for order in downloads]
         following = f"next poll{when}" if when and not wrong else ""
         self.screen.show(" | ".join(filter(None, (wrong, *loading, counts, following, self.last))))
 
     def stalled(self, orders: Iterable[Order | None]) -> str:
-        """Say which polls and downloads hang, each once and once as an error; returns it for the first."""
+        """Log what hangs, once as a warning and once as an error. Returns the text for the first one."""
         said = []
         for order in filter(None, orders):
             if (silent := time.monotonic() - order.moved) >= STALLED:
@@ -1097,9 +1114,9 @@ class Status:
         return said[0] if said else ""
 
     def problem(self, poller: Poller, states: Counter[str]) -> tuple[str, str, float]:
-        """For whom something is wrong just now, what, and when the next try is, in monotonic seconds."""
+        """Whom a current problem affects, what it is, and when the next try is due, in monotonic seconds."""
         outage, due, whom, reasons = poller.outage, poller.next_due(), "", list[str]()
-        if outage.error and (outage.pause() or poller.polling):  # else no order is left that would end it
+        if outage.error and (outage.pause() or poller.polling):  # else no order is left that could end it
             whom, reasons = "paused", [str(outage.error)]
         if outage.pause():
             due = time.monotonic() + outage.pause()
@@ -1121,8 +1138,10 @@ class Status:
 
 
 def check(settings: Settings) -> int:
-    """Try all that the poller needs, and say what is fine and what is not; returns the exit code."""
+    """Try everything the poller needs, and print what works and what does not. Returns the exit code."""
     grafx, code, pending = settings.grafx(), 0, list[str]()
+    for stop in STOP_SIGNALS:
+        signal.signal(stop, signal.SIG_DFL)  # an interrupted check must not exit with 0
 
     def database() -> str:
         store = db.rewrite(settings.database)
@@ -1149,7 +1168,7 @@ def check(settings: Settings) -> int:
             said = f"ok    {name}: {step()}"
         except (db.DatabaseError, chili.TryAgainLater, chili.TaskRejected) as error:
             said = f"WRONG {name}: {error}"
-            code = EX_CONFIG if isinstance(error, chili.CredentialsRejected) else code or 1
+            code = os.EX_CONFIG if isinstance(error, chili.CredentialsRejected) else code or 1
         print(said, flush=True)
     return code
 
@@ -1159,28 +1178,25 @@ def run(settings: Settings, screen: Screen) -> int:
     try:
         return poller.run()
     except Exception as error:
-        poller.hook.stop()
-        poller.on_failed.stop()
-        for _ in [*poller.polling]:  # what ended well is not done again
-            with contextlib.suppress(Exception):
-                poller.handle_results(0.0)
-        with contextlib.suppress(Exception):
-            poller.database.flush(1.0)
-        if isinstance(error, RuntimeError) and "thread" in str(error):
+        if few := isinstance(error, RuntimeError) and "thread" in str(error):
             log.error("%s. %s", error, MORE_THREADS)
-            return 1
-        log.critical("the poller crashed, please report it", exc_info=True)
-        return EX_SOFTWARE
+        else:
+            log.critical("the poller crashed, please report it", exc_info=True)
+        for _ in range(len(poller.polling) + 1):  # a result that crashes the poller must not lose the others
+            with contextlib.suppress(Exception):
+                poller.stop()
+                break
+        return 1 if few else os.EX_SOFTWARE
 
 
 def main() -> int:
     """`python poller.py`; returns the exit code."""
-    # A parent may have them ignored or blocked. Where SIGCHLD is ignored, each command seems to end with 0.
+    # The parent may have ignored or blocked them. If SIGCHLD is ignored, each hook seems to end with 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     for name in STOP_SIGNALS:
-        if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(name, lambda *_: os._exit(0))  # until there is a Poller, there is nothing to end
+        if signal.getsignal(name) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(name, lambda *_: os._exit(0))  # without a Poller there is nothing to clean up
     db.open_streams()
     parser = argparse.ArgumentParser(
         prog="poller.py",
@@ -1209,8 +1225,8 @@ def main() -> int:
                 print(f"WRONG settings: {line}", flush=True)
             else:
                 log.error("%s", line)
-        return EX_CONFIG
-    except OSError as error:  # say, of what --check prints
+        return os.EX_CONFIG
+    except OSError as error:  # e.g. from printing in --check
         log.error("%s", error)
         return 1
     finally:
@@ -1218,4 +1234,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # a thread that still hangs somewhere must not hold up the end
+    os._exit(main())  # a thread that hangs must not delay the exit

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
-import socketserver
 import ssl
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -30,86 +27,53 @@ from xdist.scheduler import LoadScopeScheduling
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from sandbox import Sandbox  # noqa: E402
+from sandbox import Loopback, Sandbox, read_request  # noqa: E402
 
 import db  # noqa: E402
 
 # Python for `before`: short pauses; a line in the log for each file that is opened or renamed.
 QUICK = "db.LOOK = poller.SHORTEST_PAUSE = 0.1"
-WATCH = (
-    "sys.addaudithook(lambda what, about: print({'open': '<read %s>', 'os.rename': '<to %s>'}[what] % ("
-    "about[what == 'os.rename'],), file=sys.stderr) if what in ('open', 'os.rename') else None)"
-)
-# Under nohup or in the background of a script they are ignored, and so they would be by the pollers.
-for name, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(name) == signal.SIG_IGN:
-        signal.signal(name, handler)
-
-REPORTS: list[str] = []  # what tests want to be printed at the end
-
+WATCH = "said = {'open': '<read {0}>', 'os.rename': '<to {1}>'}; "
+WATCH += "sys.addaudithook(lambda what, on: what in said and print(said[what].format(*on), file=sys.stderr))"
 # Options of the sandbox's fault "late": one answer, and behind it another that may be another task's.
-LATE: list[dict[str, Any]] = [
-    {"status": 504},
-    {"status": 504, "pause": 0},
-    {"status": 504, "pause": 0.3},
-    {"status": 504, "task": "other"},
-    {"status": 204, "task": "other"},
-    {"status": 204, "task": "other", "pause": 0},
-]
-
+LATE: list[dict[str, Any]] = [{"status": 504, "pause": pause} for pause in (0, 0.05, 0.3)]
+LATE += [{"status": status, "pause": pause, "task": "other"} for status in (204, 504) for pause in (0, 0.05)]
 PATIENCE = 30.0  # seconds: how long a busy machine may take for anything
+SHARED = ("test_faults.py", "test_machine.py", "test_readme.py")  # each has something that is slow to make
+ALONE = ("test_systemd.py", "test_editors.py")  # in each other's way
+# Under nohup or in the background of a script they are ignored, and so they would be by the pollers.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-# Files whose tests share what is slow to make; with pytest-xdist each of them is one process's.
-TOGETHER = ("test_faults.py", "test_machine.py", "test_readme.py", "test_systemd.py")
-
-
-class OneByOne(LoadScopeScheduling):
-    """Tests run side by side as they come, whatever file they are in, but those of TOGETHER."""
+class Groups(LoadScopeScheduling):
+    """Of pytest-xdist, whose --dist loadgroup groups nothing with pytest 9.2: what one process gets whole."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return file if file.endswith(TOGETHER) else nodeid
+        return file if file.endswith(SHARED) else "alone" if file.endswith(ALONE) else nodeid
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneByOne:
-    return OneByOne(config, log)
+def pytest_xdist_auto_num_workers() -> int:
+    return 2 * (os.cpu_count() or 1)  # most of the time the tests wait
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Of pytest-xdist: a worker has ended, and hands in its reports."""
-    REPORTS.extend(getattr(node, "workeroutput", {}).get("reports", []))
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    getattr(session.config, "workeroutput", {})["reports"] = REPORTS
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for report in REPORTS:
-        terminalreporter.write_line("\n" + report)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups:
+    return Groups(config, log)
 
 
 def eventually(true: Callable[[], Any], what: str = "", patience: float = PATIENCE) -> Any:
     """What `true` gives as soon as it is true; fails the test where it never is."""
     deadline = time.monotonic() + patience
-    while True:
-        value = true()
-        if value:
-            return value
+    while not (value := true()):
         assert time.monotonic() < deadline, f"not within {patience} s: {what or true}"
         time.sleep(0.02)
+    return value
 
 
 def end_orders(delivered: list[str], failed: dict[str, tuple[int | None, str]], path: Path) -> None:
     """What the poller does with orders that have ended, but for the list of deliveries."""
-
-    def edit(store: db.Store) -> None:
-        store.take(delivered)
-        store.fail(failed)
-
-    db.edit(path, edit)
+    db.edit(path, lambda store: (store.take(delivered), store.fail(failed)))
 
 
 class Home:
@@ -129,7 +93,6 @@ class Home:
         temp.replace(self.database)
 
     def wait_for(self, *task_ids: str, **fields: Any) -> None:
-        """Write orders in the poller's own shape."""
         self.write({"orders": dict.fromkeys(task_ids, fields), "failed": {}})
 
     def read(self) -> Any:
@@ -154,7 +117,8 @@ class Home:
 
     def environment(self, **env: str) -> dict[str, str]:
         keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-        return {**keep, **self.env, **env}
+        # No settings of the one who runs the tests.
+        return {**keep, "GRAFX_ENV_FILE": os.devnull, **self.env, **env}
 
     def start(self, *arguments: str, before: str = "", **env: str) -> Running:
         running = Running(self, self.command(*arguments, before=before), self.environment(**env))
@@ -162,7 +126,6 @@ class Home:
         return running
 
     def run(self, *arguments: str, before: str = "", timeout: float = 60, **env: str) -> Running:
-        """Start, and wait for the end."""
         running = self.start(*arguments, before=before, **env)
         running.process.wait(timeout)
         return running
@@ -185,22 +148,14 @@ class Running:
         return self.path.read_text(errors="replace")
 
     def says(self, pattern: str, patience: float = PATIENCE) -> re.Match[str]:
-        """Wait until the log has a match."""
-
-        def look() -> re.Match[str] | None:
-            found = re.search(pattern, self.log())
-            assert found or self.process.poll() is None or re.search(pattern, self.log()), (
-                f"ended with {self.process.poll()} without saying {pattern!r}:\n{self.log()}"
-            )
-            return found
-
-        found: re.Match[str] = eventually(look, f"log says {pattern!r}", patience)
+        ended = self.process.poll
+        eventually(lambda: re.search(pattern, self.log()) or ended() is not None, pattern, patience)
+        found = re.search(pattern, self.log())
+        assert found, f"ended with {ended()} without saying {pattern!r}:\n{self.log()}"
         return found
 
     def stop(self, how: int = signal.SIGTERM, timeout: float = PATIENCE) -> int:
-        """Send a signal and give the exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(how)
+        self.process.send_signal(how)
         return self.process.wait(timeout)
 
 
@@ -215,9 +170,8 @@ def home(tmp_path: Path, grafx: Sandbox) -> Iterator[Home]:
     home = Home(tmp_path, grafx)
     yield home
     for running in home.pollers:
-        if running.process.poll() is None:
-            running.process.kill()
-            running.process.wait()
+        running.process.kill()
+        running.process.wait()
     for process in psutil.process_iter():  # their commands, which have their working folder
         with suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and Path(process.cwd()).is_relative_to(tmp_path):
@@ -244,100 +198,14 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture
-def tls(certificate: Path) -> Iterator[Sandbox]:
-    """A GraFx environment over https; `elsewhere` is plain http."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    sandbox = Sandbox()
-    listener = sandbox._listeners[0]
-    listener.socket = context.wrap_socket(listener.socket, server_side=True, do_handshake_on_connect=False)
-    for name in ("base_url", "root", "token_url"):
-        setattr(sandbox, name, getattr(sandbox, name).replace("http://", "https://"))
-    with sandbox:
-        yield sandbox
-
-
-class Loopback(socketserver.ThreadingTCPServer):
-    """A server on loopback with a thread of its own. `asked` is what it was asked."""
-
-    allow_reuse_address = daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, port: int = 0) -> None:
-        self.asked = list[str]()
-        super().__init__(("127.0.0.1", port), socketserver.BaseRequestHandler)
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-def made_by(kind: Callable[..., Loopback]) -> Iterator[Callable[..., Loopback]]:
+def made_by(kind: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """A fixture that makes servers of a kind, and ends them."""
-    made: list[Loopback] = []
-
-    def make(*arguments: Any) -> Loopback:
-        made.append(kind(*arguments))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.shutdown()
-        one.server_close()
-
-
-class Relay(Loopback):
-    """A proxy: CONNECT and absolute addresses; or, with a target, a plain relay to it."""
-
-    def __init__(self, port: int = 0, target: str = "") -> None:
-        self.target = target
-        super().__init__(port)
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        with suppress(OSError):
-            first = request.recv(65536)
-            if not first:
-                return
-            target, prefix = self.target, b""
-            if not target:
-                method, where = first.decode("latin-1").split()[:2]
-                self.asked.append(f"{method} {where}")
-                if method == "CONNECT":
-                    target, first = f"//{where}", b""
-                    request.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-                else:
-                    target, prefix = where, f"http://{urlsplit(where).netloc}/".encode()
-            parts = urlsplit(target)
-            with socket.create_connection((parts.hostname, parts.port)) as other:
-                back = threading.Thread(target=self.pump, args=(other, request), daemon=True)
-                back.start()
-                self.pump(request, other, first, prefix)
-                back.join()
-
-    def pump(
-        self, source: socket.socket, sink: socket.socket, data: bytes = b"", prefix: bytes = b""
-    ) -> None:
-        """Copy until the end; a request's absolute address becomes a path."""
-        with suppress(OSError):
-            while data := data or source.recv(65536):
-                sink.sendall(data.replace(prefix, b"/", 1) if prefix else data)
-                data = b""
-        with suppress(OSError):
-            sink.shutdown(socket.SHUT_RDWR)
-
-
-@pytest.fixture
-def relay() -> Iterator[Callable[..., Loopback]]:
-    yield from made_by(Relay)
+    with ExitStack() as made:
+        yield lambda *arguments: made.enter_context(kind(*arguments))
 
 
 class Wire(Loopback):
-    """A server that says what it is told to, byte by byte.
-
-    `answer` gets a request's first line and its connection; what it returns is sent, nothing ends it.
-    """
+    """It says what `answer` makes of a request's first line and its connection; nothing ends it."""
 
     def __init__(self, answer: Callable[[str, socket.socket], bytes | None]) -> None:
         self.answer, self.open = answer, 0
@@ -345,84 +213,85 @@ class Wire(Loopback):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         self.open += 1
-        with suppress(OSError), request.makefile("rb") as lines:
-            while line := lines.readline():
-                self.asked.append(line.decode("latin-1").strip())
-                length = 0
-                while (header := lines.readline()).strip():
-                    if header.lower().startswith(b"content-length:"):
-                        length = int(header.split(b":")[1])
-                lines.read(length)
-                said = self.answer(self.asked[-1], request)
-                if not said:
+        with suppress(OSError), request.makefile("rb") as stream:
+            while asked := read_request(stream, client_address):
+                self.asked.append(f"{asked.method} {asked.path} HTTP/1.1")
+                if not (said := self.answer(self.asked[-1], request)):
                     break
                 request.sendall(said)
         self.open -= 1
 
 
 @pytest.fixture
-def wire() -> Iterator[Callable[..., Loopback]]:
+def wire() -> Iterator[Callable[..., Wire]]:
     yield from made_by(Wire)
 
 
+class Relay(Loopback):
+    """Passes on what comes, as an HTTP proxy, or to a port of loopback; it speaks TLS if it has a context."""
+
+    def __init__(self, port: int = 0, context: ssl.SSLContext | None = None) -> None:
+        self.port, self.context = port, context
+        super().__init__()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        port, first = self.port, b""
+        with suppress(OSError):
+            request = self.context.wrap_socket(request, server_side=True) if self.context else request
+            if not port and (first := request.recv(65536)):
+                method, where = first.decode("latin-1").split()[:2]
+                self.asked.append(f"{method} {where}")
+                port = int(re.findall(r":(\d+)", where)[0])
+                if method == "CONNECT":
+                    request.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                    first = b""
+            with request, socket.create_connection(("127.0.0.1", port)) as server:
+                server.sendall(first)
+                other = {request: server, server: request}
+                decrypted = getattr(request, "pending", int)  # what TLS has, and select does not see
+                while True:
+                    for one in [request] if decrypted() else select.select([*other], [], [])[0]:
+                        if not (data := one.recv(65536)):
+                            return
+                        other[one].sendall(data)
+
+
 @pytest.fixture
-def tls_front(certificate: Path) -> Iterator[Callable[[int], int]]:
-    """Gives, for the port of a server on loopback, one where the same is spoken inside TLS."""
+def relay() -> Iterator[Callable[..., Relay]]:
+    yield from made_by(Relay)
+
+
+@pytest.fixture
+def tls(certificate: Path, relay: Callable[..., Relay]) -> Iterator[Sandbox]:
+    """A GraFx environment over https; `elsewhere` is plain http."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-
-    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await source.read(65536):
-                sink.write(data)
-                await sink.drain()
-        sink.close()
-
-    def make(port: int) -> int:
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
-            await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
-
-        started = asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-        server = asyncio.run_coroutine_threadsafe(started, loop).result(20)
-        outer: int = server.sockets[0].getsockname()[1]
-        return outer
-
-    async def end() -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    yield make
-    asyncio.run_coroutine_threadsafe(end(), loop).result(20)
-    loop.call_soon_threadsafe(loop.stop)
+    with Sandbox() as sandbox:
+        plain = sandbox.base_url
+        front = relay(int(plain.rpartition(":")[2]), context)
+        https = f"https://127.0.0.1:{front.server_address[1]}"
+        for name in ("base_url", "root", "token_url"):
+            setattr(sandbox, name, getattr(sandbox, name).replace(plain, https))
+        yield sandbox
 
 
 class Manager:
     """The end of the notify socket that systemd has."""
 
     def __init__(self, address: str) -> None:
-        self.address = address
-        self.told: list[tuple[float, str]] = []  # when, and the datagram
+        self.address, self.told = address, list[tuple[float, str]]()  # when, and the datagram
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.bind(address.replace("@", "\0", 1) if address.startswith("@") else address)
-        self.socket.setblocking(False)
+        self.socket.bind(re.sub("^@", "\0", address))
 
     def lines(self) -> list[str]:
-        """All that was told so far, without the names of their own datagrams."""
         with suppress(BlockingIOError):
             while True:
-                self.told.append((time.monotonic(), self.socket.recv(65536).decode()))
+                self.told.append((time.monotonic(), self.socket.recv(65536, socket.MSG_DONTWAIT).decode()))
         return [line for _, text in self.told for line in text.splitlines()]
 
     def hears(self, pattern: str) -> str:
         """Wait for a line, among those to come as well as those that came."""
-        return eventually(
-            lambda: next((line for line in self.lines() if re.search(pattern, line)), None), pattern
-        )
+        return eventually(lambda: [line for line in self.lines() if re.search(pattern, line)], pattern)[0]
 
     def forget(self) -> None:
         self.lines()
@@ -441,18 +310,8 @@ def manager(request: pytest.FixtureRequest) -> Iterator[Manager]:
 
 def find_program(name: str, package: str, what: str = "the README's use of it") -> str:
     """Where this program is; without it the test is skipped, and says what is not tested."""
-    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    if found is None:
-        pytest.skip(f"needs {name} (Debian: apt-get install {package}): {what} is NOT tested")
-    return found
-
-
-def git(*arguments: str) -> str | None:
-    """What git says of this repository; None in an unpacked archive."""
-    if not (ROOT / ".git").exists():
-        return None
-    command = [find_program("git", "git", "what is committed"), "-c", f"safe.directory={ROOT}"]
-    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    need = f"needs {name} (Debian: apt-get install {package}): {what} is NOT tested"
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") or pytest.skip(need)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,173 +5,121 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, Home, find_program
+from conftest import QUICK, ROOT, Home, find_program
 from sandbox import Sandbox
-from torture import endurance, kills
+from torture import DECK, endurance, kills, outage
 
 import db
 
-SEED = 20260801
-CALLS = "openat,write,fsync,fdatasync,rename,renameat,renameat2,unlink,mkdir,mkdirat"
+CALLS = "trace=write,fsync,fdatasync,rename,renameat,renameat2,mkdir,mkdirat"
 
 
 def test_killed_at_random_moments(home: Home) -> None:
-    """In a folder of `home`, which ends whatever runs there."""
-    (folder := home.folder / "kills").mkdir()
-    print(kills(folder, 8, SEED))
+    print(kills(home, 6, seed=20260801, longest=0.7, before=QUICK))
 
 
-def test_descriptors_do_not_grow(tmp_path: Path) -> None:
-    early, late, summary = endurance(tmp_path, 300, 100)
-    print(summary)
-    assert late[1] <= early[1] + 8, summary  # idle connections
+def test_open_files_do_not_grow(home: Home) -> None:
+    print(endurance(home, 200, 50, before=QUICK))
 
 
-# --- a power cut: only what is on the disk counts, so the order of the system calls does ---------
+class Call(NamedTuple):
+    began: float  # seconds since 1970
+    ended: float
+    text: str  # its name and arguments; a descriptor has its path beside it
 
 
-@dataclass
-class Call:
-    name: str
-    text: str  # its arguments; a descriptor has its path beside it
-    began: int
-    ended: int = -1
-
-
-def strace(*options: str | Path, what: str) -> list[str]:
-    """The words before a command that is to run under strace; without it, `what` is not tested."""
-    program = find_program("strace", "strace", what)
+def under_strace(home: Home, command: list[str], *options: str) -> str:
+    """Run a command to its end; gives what it said."""
+    program = find_program("strace", "strace", "the order of the writes, and of calls that are refused")
     probe = subprocess.run([program, "-o", os.devnull, "true"], capture_output=True, text=True)
     if probe.returncode:
-        pytest.skip(f"strace may not trace here, {what} is NOT tested: {probe.stderr}")
-    return [program, "-f", "-qq", *map(str, options)]
-
-
-def refuse(calls: str, how: str, *places: Path) -> list[str]:
-    """The words before a command of which such calls fail or take long; it is the process that is started."""
-    paths = [word for place in places for word in ("-P", str(place))]
-    options = ("-D", "-o", os.devnull, *paths, "-e", f"trace={calls}", "-e", f"inject={calls}:{how}")
-    return strace(*options, what="a system call that fails or takes long")
-
-
-def trace(home: Home, command: list[str], log: Path) -> list[Call]:
-    """Run a command to its end; gives its system calls that worked, in the order in which they began."""
-    words = strace("-y", "-s", "0", "-e", f"trace={CALLS}", "-o", log, what="the order of the writes")
-    done = subprocess.run(
-        [*words, *command], env=home.environment(), capture_output=True, text=True, timeout=60
-    )
+        pytest.skip(f"strace may not trace here, so the order of the writes is NOT tested: {probe.stderr}")
+    done = subprocess.run([program, "-f", "-qq", *options, *command], env=home.environment(), timeout=60,
+                          cwd=home.folder, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    calls: list[Call] = []
-    open_calls: dict[str, Call] = {}
-    for place, line in enumerate(log.read_text(errors="replace").splitlines()):
-        thread, _, said = line.partition(" ")
-        said = said.strip()
-        if resumed := re.match(r"<\.\.\. \w+ resumed>(.*)", said):
-            call = open_calls.pop(thread)
-            call.text += resumed[1]
-        elif found := re.match(r"(\w+)\((.*)", said):
-            call = Call(found[1], found[2].removesuffix(" <unfinished ...>"), place)
-            calls.append(call)
-            if said.endswith("<unfinished ...>"):
-                open_calls[thread] = call
-                continue
-        else:
-            continue
-        if " = -1 " not in call.text:
-            call.ended = place
-    return [call for call in calls if call.ended >= 0]
+    return done.stderr
 
 
-def find(calls: list[Call], names: str, matches: Callable[[str], bool], what: str) -> list[Call]:
-    found = [call for call in calls if re.fullmatch(names, call.name) and matches(call.text)]
-    assert found, f"never {what}:\n" + "\n".join(f"{call.name}({call.text}" for call in calls[-60:])
+def trace(home: Home, command: list[str]) -> list[Call]:
+    """Its system calls that worked, in order. After a power cut only what is on the disk counts."""
+    log = home.folder / "calls"
+    under_strace(home, command, "-z", "-y", "-ttt", "-T", "-s0", "-e", CALLS, "-o", str(log))
+    found = re.findall(r"^\d+ +([\d.]+) (.*) <([\d.]+)>$", log.read_text(errors="replace"), re.M)
+    return sorted(Call(float(began), float(began) + float(took), text) for began, text, took in found)
+
+
+def find(calls: list[Call], pattern: str) -> list[Call]:
+    found = [call for call in calls if re.match(pattern, call.text)]
+    assert found, f"no {pattern}:\n" + "\n".join(map(str, calls[-60:]))
     return found
 
 
-def renamed(calls: list[Call], to: Path) -> tuple[Call, str]:
-    """The one call that gave a file its final name, and the name that it had before."""
-    (call,) = find(calls, "rename.*", lambda text: f'"{to}"' in text, f"renamed to {to}")
-    return call, re.findall(r'"([^"]*)"', call.text)[0]
+def synced(calls: list[Call], path: Path, after: Call | None, before: Call | None) -> bool:
+    """Whether a file or folder was put on the disk, all of it between these two calls."""
+    return any(
+        (not after or after.ended < call.began) and (not before or call.ended < before.began)
+        for call in find(calls, rf"(fsync|fdatasync)\(\d+<{path}>")
+    )
 
 
-def synced(calls: list[Call], path: Path | str) -> list[Call]:
-    return find(calls, "fsync|fdatasync", lambda text: f"<{path}>" in text, f"synced {path}")
-
-
-def whole_before_its_name(calls: list[Call], to: Path) -> Call:
-    """The data is on the disk before the rename, nothing is written after that; gives the rename."""
-    rename, temp = renamed(calls, to)
-    before = [call for call in calls if call.ended < rename.began]
-    last_write = find(calls, "write", lambda text: f"<{temp}>" in text, f"written to {temp}")[-1]
-    assert synced(before, temp)[-1].began > last_write.ended, f"{temp} is written to after its fsync"
-    assert not [
-        call for call in calls if call.name == "openat" and f'"{to}"' in call.text and "O_WR" in call.text
-    ]
+def named(calls: list[Call], path: Path) -> Call:
+    """The one rename that gave a file this name; all of its content was on the disk before."""
+    (rename,) = find(calls, rf'rename.*, "{path}"')
+    temp = Path(re.findall(r'"([^"]*)"', rename.text)[0])
+    last = find(calls, rf"write\(\d+<{temp}>")[-1]
+    assert synced(calls, temp, last, rename), f"{path} has its name before its content is on the disk"
     return rename
 
 
-def test_order_of_the_writes(home: Home, grafx: Sandbox) -> None:
-    """Of one delivery, with the folder that is made for it."""
-    task_id = grafx.add(size=300_000)
+def test_order_of_the_writes_of_a_delivery_into_a_new_folder(home: Home, grafx: Sandbox) -> None:
+    task_id, listed = grafx.add(size=300_000), db.beside(home.database, "delivered")
     home.wait_for(task_id)
     home.orders.rmdir()
-    calls = trace(home, home.command("--once"), home.folder / "calls")
+    listed.write_text("2026-01-01T00:00:00Z other other.png\n")  # a new list has its folder synced, too
+    calls = trace(home, home.command("--once"))
     assert not home.waiting()
-    named = whole_before_its_name(calls, home.orders / f"{task_id}.png")
-    replaced = whole_before_its_name(calls, home.database)
-    assert any(
-        named.ended < call.began and call.ended < replaced.began for call in synced(calls, home.orders)
-    ), "the order leaves database.json before its file's name is on the disk"
-    assert synced(calls, home.folder)[-1].began > replaced.ended, "database.json's folder is not synced"
-    listed = db.beside(home.database, "delivered")
-    line = find(calls, "write", lambda text: f"<{listed}>" in text, "listed")[-1]
-    assert any(line.ended < call.began and call.ended < replaced.began for call in synced(calls, listed)), (
-        "the order leaves database.json before the list has it"
-    )
-    made = find(calls, "mkdir|mkdirat", lambda text: f'"{home.orders}"' in text, "made the orders folder")[0]
-    assert any(
-        made.ended < call.began and call.ended < replaced.began for call in synced(calls, home.folder)
-    ), "a power cut can take the new orders folder, with all that is in it"
+    made, line = find(calls, f'mkdir.*"{home.orders}"')[0], find(calls, rf"write\(\d+<{listed}>")[-1]
+    file, leaves = named(calls, home.orders / f"{task_id}.png"), named(calls, home.database)
+    assert synced(calls, home.folder, made, leaves), "a power cut can take the new folder with its files"
+    assert synced(calls, home.orders, file, leaves), "the order leaves before its file's name is on the disk"
+    assert synced(calls, listed, line, leaves), "the order leaves before the list has it"
+    assert synced(calls, home.folder, leaves, None), "that it left is never put on the disk"
 
 
 def test_order_of_the_writes_after_a_kill(home: Home, grafx: Sandbox) -> None:
     """The file of a killed process has its final name, but perhaps not on the disk yet."""
-    task_id = grafx.add()
-    home.wait_for(task_id)
+    home.wait_for(task_id := grafx.add())
     (home.orders / f"{task_id}.png").write_bytes(grafx.body(task_id))
-    calls = trace(home, home.command("--once"), home.folder / "calls")
+    calls = trace(home, home.command("--once"))
     assert not home.waiting()
-    assert synced(calls, home.orders)[0].ended < renamed(calls, home.database)[0].began
+    assert synced(calls, home.orders, None, named(calls, home.database))
 
 
 def test_order_of_the_writes_of_an_added_order(home: Home) -> None:
     home.wait_for()
-    command = [*home.command()[:1], str(ROOT / "db.py"), "add", "some-task"]
-    calls = trace(home, command, home.folder / "calls")
-    rename = whole_before_its_name(calls, home.database)
-    said = find(calls, "write", lambda text: text.startswith("1<"), "said that it is pending")[0]
-    assert any(rename.ended < call.began and call.ended < said.began for call in synced(calls, home.folder))
+    calls = trace(home, [*home.command()[:1], str(ROOT / "db.py"), "add", "some-task"])
+    said = find(calls, r"write\(1<")[0]
+    assert synced(calls, home.folder, named(calls, home.database), said), "said before it is on the disk"
 
 
-# --- file systems that refuse a call -------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("calls", "error"), [("fsync", "EOPNOTSUPP"), ("fchmod,fchown", "EINVAL")])
-def test_a_file_system_that_refuses_a_call(home: Home, grafx: Sandbox, calls: str, error: str) -> None:
+@pytest.mark.parametrize(("refused", "error"), [("fsync", "EOPNOTSUPP"), ("fchmod,fchown", "EINVAL")])
+def test_a_file_system_that_refuses_a_call(home: Home, grafx: Sandbox, refused: str, error: str) -> None:
     """fsync of a folder, as on a VirtualBox share; fchmod and fchown, as on CIFS or in a user's namespace."""
     tasks = [grafx.add(), grafx.add()]
     home.wait_for(*tasks)
-    folders = [home.folder, home.orders] if calls == "fsync" else []
-    command = [*refuse(calls, f"error={error}", *folders), *home.command("--once", "-v")]
     home.env["ON_DONE"] = "true"  # so the list of deliveries is proven, too
-    done = subprocess.run(command, env=home.environment(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    folders = [home.folder, home.orders] if refused == "fsync" else []
+    inject = ("-o", os.devnull, "-e", f"trace={refused}", "-e", f"inject={refused}:error={error}")
+    log = under_strace(home, home.command("--once", "-v"), *inject, *(f"-P{folder}" for folder in folders))
     assert (home.waiting(), home.files()) == ({}, sorted(f"{task_id}.png" for task_id in tasks))
-    assert not re.search("WARNING|ERROR|Traceback", done.stderr), done.stderr
-    said = re.findall(r"DEBUG +(\S+) cannot be synced: ", done.stderr)
-    assert sorted(said) == sorted(map(str, folders))  # of each folder once
+    assert not re.search("WARNING|ERROR|Traceback", log), log
+    assert sorted(re.findall(r"DEBUG +(\S+) cannot be synced: ", log)) == sorted(map(str, folders)), "once"
+
+
+def test_no_order_fails_in_an_outage(home: Home) -> None:
+    """With and without --once, GraFx has every fault there is, each for up to 0.2 s and until it was met."""
+    print(outage(home, len(DECK), 0.2, seed=20260801))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
 from conftest import QUICK, Home, eventually
+from test_on_done import is_alive
 
 import db
 
@@ -15,43 +17,36 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_it_is_told_what_failed_and_why(home: Home) -> None:
+def test_it_is_told_once_what_failed_and_why(home: Home) -> None:
+    """Where it does not end well that is logged, and it is not run again either."""
     said = home.folder / "said"
     failed, expired, fine = home.grafx.add("failed"), home.grafx.add("expired"), home.grafx.add()
     home.wait_for(failed, expired, fine, projectID="p-1")
-    hook = f'sh -c \'printf "%s|%s|%s|%s\\n" "$TASK_ID" "$PROJECT_ID" "$STATUS" "$ERROR" >>{said}\''
+    told = f'printf "%s|%s|%s|%s\\n" "$TASK_ID" "$PROJECT_ID" "$STATUS" "$ERROR" >>{said}'
+    hook = f"sh -c '{told}; echo no mail; exit 3'"
     poller = home.start(before=QUICK, ON_FAILED=hook, GIVE_UP_AFTER="0")
-    eventually(lambda: len(lines(said)) == 2)
+    for task in (failed, expired):
+        poller.says(f"ERROR   {task} ON_FAILED ended with 3: no mail; it is not run again")
     assert poller.stop() == 0
-    assert home.run("--once", ON_FAILED=hook).process.returncode == 0
-    told = {task: what for task, *what in (line.split("|") for line in lines(said))}
-    assert len(lines(said)) == 2
-    assert told == {
-        task: ["p-1", str(record["status"]), record["error"]] for task, record in home.failed().items()
-    }
-    assert told.keys() == {failed, expired}
+    records = home.failed()
+    assert records.keys() == {failed, expired}
+    wanted = [f"{task}|p-1|{records[task]['status']}|{records[task]['error']}" for task in records]
+    assert sorted(lines(said)) == sorted(wanted)
+    db.add_order(another := home.grafx.add("expired"), path=home.database)
+    ended = home.run("--once", ON_FAILED="sleep 600", ON_DONE_TIMEOUT="1")
+    assert re.findall(r"(\S+ ON_FAILED .*)", ended.log()) == [
+        f"{another} ON_FAILED took longer than 1 s; it is not run again"
+    ]
 
 
-def test_where_it_does_not_end_well_that_is_logged_and_it_is_not_run_again(home: Home) -> None:
-    said, task = home.folder / "said", home.grafx.add("expired")
-    home.wait_for(task)
-    hook = f"sh -c 'echo x >>{said}; echo no mail today; exit 3'"
-    ended = home.run("--once", ON_FAILED=hook)
-    assert f"ERROR   {task} ON_FAILED ended with 3: no mail today; it is not run again" in ended.log()
-    assert list(home.failed()) == [task]
-    home.run("--once", ON_FAILED=hook)
-    assert lines(said) == ["x"]
-
-
-def test_it_runs_only_for_what_the_file_has_under_failed(home: Home) -> None:
-    """Killed while it runs, the order is known to have failed: it is told once at most."""
-    said, task, fine = home.folder / "said", home.grafx.add("expired"), home.grafx.add(after=1)
+def test_it_runs_when_the_file_has_the_failure_and_not_again_after_a_kill(home: Home) -> None:
+    said, task, fine = home.folder / "said", home.grafx.add("expired"), home.grafx.add(questions=2)
     home.wait_for(task, fine)
-    with db.lock(home.database, "lock", 10):  # so that nothing is written
-        poller = home.start(before=QUICK, ON_FAILED=f"sh -c 'echo $$ >>{said}; exec sleep 60'")
+    with db.lock(home.database, 10):  # so that nothing is written
+        poller = home.start(before=QUICK, ON_FAILED=f"sh -c 'echo $$ >>{said}; exec sleep 600'")
         poller.says(f"{task} failed[^~]*{fine} delivered")
         assert not said.exists()
-    pid = eventually(lambda: lines(said))[0]
+    (pid,) = eventually(lambda: lines(said), "it runs")
     assert list(home.failed()) == [task]
     poller.stop(signal.SIGKILL)
     os.kill(int(pid), signal.SIGKILL)
@@ -59,31 +54,23 @@ def test_it_runs_only_for_what_the_file_has_under_failed(home: Home) -> None:
     assert lines(said) == [pid]
 
 
-def test_once_runs_it_for_what_is_judged_at_the_end_and_waits_for_no_database(home: Home) -> None:
-    """A 404 counts by the other file of the same run; a database that somebody breaks is not waited for."""
+def test_once_runs_it_for_what_is_judged_at_the_end(home: Home) -> None:
+    """A 404 counts by the other file of the same run."""
     said, dead, fine = home.folder / "said", "unknown", home.grafx.add()
     record = {"status": 404, "error": "no", "since": "2026-01-01T00:00:00Z", "times": 30}
     home.write({"orders": {dead: {}, fine: {}}, "failing": {dead: record}, "failed": {}})
-    hook = f"sh -c 'echo $TASK_ID >>{said}'"
-    assert home.run("--once", ON_FAILED=hook).process.returncode == 1
+    assert home.run("--once", ON_FAILED=f"sh -c 'echo $TASK_ID >>{said}'").process.returncode == 1
     assert lines(said) == list(home.failed()) == [dead]
-    home.wait_for(home.grafx.add("expired"))
-    home.grafx.fault("download", "delay", seconds=2)
-    running = home.start("--once", before="db.SAVING = db.PATIENCE = 1", ON_FAILED=hook)
-    eventually(lambda: [request for request in home.grafx.requests if request.what == "download"][1:])
-    home.write("{")
-    assert running.process.wait(30) == 1
-    assert lines(said) == [dead]
 
 
-def test_it_takes_no_thread_of_the_polls(home: Home) -> None:
-    expired, fine = home.grafx.add("expired"), home.grafx.add()
+def test_it_takes_no_thread_of_the_polls_and_ends_with_the_poller(home: Home) -> None:
+    said, expired, fine = home.folder / "said", home.grafx.add("expired"), home.grafx.add()
     home.wait_for(expired)
-    go = home.folder / "go"
-    hook = f"sh -c 'while ! test -e {go}; do sleep 0.1; done; echo told'"
+    hook = f"sh -c 'echo $$ >>{said}; exec sleep 600'"
     poller = home.start(before=QUICK, CONCURRENCY="1", ON_FAILED=hook)
-    eventually(lambda: home.failed())
+    (pid,) = eventually(lambda: lines(said), "it runs")
     home.wait_for(fine)
     poller.says(f"{fine} delivered")
-    go.touch()
-    poller.says(f"{expired} ON_FAILED: told")
+    assert is_alive(int(pid))
+    assert poller.stop() == 0
+    eventually(lambda: not is_alive(int(pid)), "it has ended")

@@ -6,7 +6,6 @@ import fcntl
 import os
 import re
 import select
-import signal
 import socket
 import struct
 import subprocess
@@ -14,37 +13,39 @@ import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyte
 import pytest
 from conftest import PATIENCE, QUICK, Home, Loopback, eventually, find_program
 
-STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+import db
 
 
 class Terminal:
-    """A terminal of so many columns, with the poller in it."""
+    """A terminal, in which the poller is started."""
 
-    def __init__(self, home: Home, columns: int, before: str = QUICK, *arguments: str, **env: str) -> None:
-        self.picture = pyte.Screen(columns, 24)
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self.picture = pyte.Screen(120, 24)
         self.stream = pyte.ByteStream(self.picture)
         self.raw = b""
-        self.ours, its = os.openpty()
-        fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        self.process = subprocess.Popen(
-            home.command(*arguments, before=before), env=home.environment(TERM="xterm", **env),
-            stdin=its, stdout=subprocess.DEVNULL, stderr=its, start_new_session=True,
+        self.ours, self.its = os.openpty()
+        self.resize(120)
+
+    def start(self, before: str = QUICK, **env: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.home.command(before=before), env=self.home.environment(TERM="xterm", **env),
+            cwd=self.home.folder, stdin=self.its, stdout=subprocess.DEVNULL, stderr=self.its,
         )  # fmt: skip
-        os.close(its)
+
+    def resize(self, columns: int) -> None:
+        self.picture.resize(columns=columns)
+        fcntl.ioctl(self.its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
     def look(self) -> list[str]:
         """The lines that are to be seen now."""
         while select.select([self.ours], [], [], 0.05)[0]:
-            try:
-                data = os.read(self.ours, 65536)
-            except OSError:  # the other side is closed
-                break
+            data = os.read(self.ours, 65536)
             self.raw += data
             self.stream.feed(data)
         rows, columns = range(self.picture.lines), range(self.picture.columns)
@@ -52,120 +53,69 @@ class Terminal:
         lines = ("".join(self.picture.buffer[row][column].data for column in columns) for row in rows)
         return [line for line in map(str.rstrip, lines) if line]
 
-    def live(self) -> str:
-        """The live line."""
-        return (self.look() or [""])[-1]
-
-    def shows(self, pattern: str) -> str:
-        """Wait for a live line that begins so; it never fills the last column."""
-
-        def look() -> str:
-            line = self.live()
-            assert len(line) < self.picture.columns or re.match(STAMP, self.look()[-2]), line
-            return line if re.match(pattern, line) else ""
-
-        line: str = eventually(look, pattern)
-        return line
-
-    def end(self, how: int = signal.SIGTERM) -> int:
-        """Stop the poller, and give its exit code."""
-        self.process.send_signal(how)
-        eventually(lambda: (self.look(), self.process.poll() is not None)[1], "the end")
-        return self.process.wait()
+    def shows(self, pattern: str) -> None:
+        """Wait for a last line, which is the live one, that is exactly so."""
+        eventually(lambda: re.fullmatch(pattern, (self.look() or [""])[-1]), pattern)
 
 
 @pytest.fixture
-def terminal(home: Home) -> Iterator[Callable[..., Terminal]]:
-    made: list[Terminal] = []
-
-    def make(*arguments: Any, **env: str) -> Terminal:
-        made.append(Terminal(home, *arguments, **env))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.process.kill()
-        one.process.wait()
-        os.close(one.ours)
+def terminal(home: Home) -> Iterator[Terminal]:
+    terminal = Terminal(home)
+    yield terminal
+    os.close(terminal.ours)
+    os.close(terminal.its)
 
 
-@pytest.fixture
-def held(home: Home, wire: Callable[..., Loopback]) -> tuple[str, threading.Event]:
-    """An order of which 30 % come, and the rest after the event."""
-    ends, body = threading.Event(), home.grafx.body(home.grafx.add(size=200_000))
+def test_an_outage_a_render_and_a_download_at_any_width(
+    home: Home, terminal: Terminal, wire: Callable[..., Loopback]
+) -> None:
+    """What matters most stands first, so a narrow terminal has it too; the last column is never filled."""
+    goes_on, body = threading.Event(), home.grafx.body(home.grafx.add(size=200_000))
 
     def answer(line: str, connection: socket.socket) -> bytes:
         head = f"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body[:60_000])
-        ends.wait(2 * PATIENCE)
+        goes_on.wait(2 * PATIENCE)
         return body[60_000:]
 
-    return home.grafx.add(task_id="5107ab1e-slow", link=wire(answer).url), ends
+    home.grafx.fault("token", "status-503", times=None)
+    slow = home.grafx.add(task_id="5107ab1e-slow", link=wire(answer).url)
+    home.wait_for(*(home.grafx.add("never") for _ in range(3)), slow)
+    process = terminal.start()
+    terminal.shows(r"paused, retry in \d+ s: no token: \S+ answered 503 Service Unavailable \| 4 new")
+    terminal.resize(30)
+    terminal.shows(r"paused, retry in \d+ s: no tok?e?")
+    terminal.resize(120)
+    home.grafx.clear_faults()
+    speed = r"5107ab1e 30% of 200\.0 kB, \d+\.\d .?B/s"
+    terminal.shows(rf"{speed} \| 3 rendering, 1 downloading \| next poll in \d+ s")
+    goes_on.set()
+    terminal.shows(r"3 rendering \| next poll in \d+ s \| last delivery \d\d:\d\d:\d\d")
+    process.terminate()
+    terminal.shows(".* INFO +stopped, 3 pending")
+    assert process.wait(PATIENCE) == 0
 
 
-@pytest.mark.parametrize("columns", [40, 120])
-def test_a_render_a_download_and_an_outage(
-    home: Home, terminal: Callable[..., Terminal], held: tuple[str, threading.Event], columns: int
+def test_who_cannot_be_delivered_is_said_also_in_letters_that_are_wide(
+    home: Home, terminal: Terminal
 ) -> None:
-    """What matters most stands first, so 40 columns have it too."""
-    home.wait_for(*(home.grafx.add("never") for _ in range(3)), "no-such-task", held[0])
-    shown = terminal(columns, "poller.SHORTEST_PAUSE = 60", POLL_INTERVAL="60")
-    shown.shows(
-        r"5107ab1e 30% of 200\.0 kB, \d+\.\d .?B/s"
-        + r" \| 3 rendering, 1 downloading, 1 rejected" * (columns > 40)
-    )
-    held[1].set()
-    line = shown.shows(r"3 rendering, 1 rejected \| next poll in" + r" \d+ s \|" * (columns > 40))
-    if columns > 40:
-        assert re.search(r"last delivery \d\d:\d\d:\d\d$", line)
-        seconds = int(line.split("next poll in ")[1].split()[0])
-        eventually(lambda: f" in {seconds} s" not in shown.live(), "it counts down")
-    assert shown.end() == 0
-    assert "".join(shown.look()).endswith("stopped, 4 pending")
-
-    shown = terminal(columns, BASEURL="http://127.0.0.1:1")
-    shown.shows(
-        r"paused, retry in \d+ s: GraFx is unreac"
-        + r"hable \(Connection refused, 127.0.0.1\) \| 4 retrying" * (columns > 40)
-    )
-
-
-def test_an_order_that_cannot_be_polled_says_why_and_when_it_is_retried(
-    home: Home, terminal: Callable[..., Terminal]
-) -> None:
-    """And hides nothing of the others, which are polled earlier."""
-    home.wait_for(home.grafx.add("never"), home.grafx.add(link="http://127.0.0.1:1/file"))
-    shown = terminal(120, "poller.SHORTEST_PAUSE = 1; poller.backoff = lambda *_: 60.0", POLL_INTERVAL="60")
-    problem = r"the download server is unreachable \(Connection refused, 127.0.0.1\)"
-    shown.shows(rf"1 order, retry in \d\d s: {problem} \| 1 rendering, 1 retrying$")
-
-
-def test_an_order_that_was_removed_during_its_download_is_not_shown(
-    home: Home, terminal: Callable[..., Terminal], held: tuple[str, threading.Event]
-) -> None:
-    home.wait_for(held[0])
-    shown = terminal(80, f"{QUICK}; chili.TIMEOUT = (90, 90)")
-    shown.shows("5107ab1e 30%")
-    home.wait_for(home.grafx.add("never"))
-    shown.shows(r"1 rendering \|")
-    held[1].set()
-
-
-def test_letters_that_are_wide_do_not_break_the_line(home: Home, terminal: Callable[..., Terminal]) -> None:
-    """Each takes two columns; a line that breaks leaves a copy of itself each time."""
-    home.wait_for(home.grafx.add())
-    on_done = f"sh -c 'echo {'没有纸' * 20}; exit 1'"
-    shown = terminal(100, "poller.SHORTEST_PAUSE = 60", POLL_INTERVAL="60", ON_DONE=on_done)
-    shown.shows(r"1 order, retry in \d+ s: ON_DONE ended with 1: 没有纸")
-    drawn = shown.raw.count(b"\x1b[J")
-    eventually(lambda: (shown.look(), shown.raw.count(b"\x1b[J") > drawn + 1)[1], "it is drawn again")
-    assert len([line for line in shown.look() if line.startswith("1 order")]) <= 1, shown.look()
+    """Each of them takes two columns; a line that breaks leaves a copy of itself each time."""
+    home.wait_for(home.grafx.add("never"), home.grafx.add())
+    on_done = f"sh -c 'echo {'没有纸' * 5}; exit 1'"
+    terminal.start("poller.SHORTEST_PAUSE = 60; db.LOOK = 0.1", POLL_INTERVAL="60", ON_DONE=on_done)
+    retry, letters = r"1 order, retry in \d+ s: ON_DONE ended with 1: ", "(没 ?|有 ?|纸 ?)+"
+    terminal.shows(rf"{retry}{letters}\| 1 rendering, 1 waiting for ON_DONE.*")
+    terminal.resize(60)
+    for _ in range(2):  # a line of the log, and so a new live line
+        db.add_order(task_id := home.grafx.add("never"), path=home.database)
+        terminal.shows(f"{retry}{letters}")
+        eventually(lambda task_id=task_id: f"{task_id} added" in "".join(terminal.look()))
+    assert len([line for line in terminal.look() if line.startswith("1 order")]) == 1, terminal.look()
 
 
 def test_a_terminal_that_is_made_narrower_has_no_copies(home: Home, tmp_path: Path) -> None:
     """Tmux breaks a line that has become too long, as most terminals do."""
     tmux = [find_program("tmux", "tmux", "a terminal that is made narrower"), "-S", str(tmp_path / "tmux")]
-
     env = home.environment(TERM="xterm", TERMINFO_DIRS="/lib/terminfo:/usr/share/terminfo", SHELL="/bin/sh")
 
     def run(*words: str) -> str:
@@ -174,15 +124,15 @@ def test_a_terminal_that_is_made_narrower_has_no_copies(home: Home, tmp_path: Pa
     def copies(pattern: str) -> int:
         return sum(pattern in line for line in run("capture-pane", "-pJ", "-S", "-").splitlines())
 
-    home.wait_for(*(home.grafx.add("never") for _ in range(3)), *(f"no-such-task-{n}" for n in range(3)))
+    home.wait_for(*(home.grafx.add("never") for _ in range(3)))
     run("-f", os.devnull, "new-session", "-d", "-x", "100", "-y", "20", *home.command(before=QUICK))
     try:
         eventually(lambda: copies("next poll") == 1, "the live line")
         tty = os.open(run("display-message", "-p", "#{pane_tty}").strip(), os.O_RDWR | os.O_NOCTTY)
-        for width in (61, 33, 20, 100, 24):
+        for width in (33, 20, 100, 24):
             run("resize-window", "-x", str(width))  # tmux tells its programs a little later
             eventually(lambda width=width: os.get_terminal_size(tty).columns == width)
-            home.wait_for(*home.waiting(), task_id := home.grafx.add())  # a line of the log
+            db.add_order(task_id := home.grafx.add(), path=home.database)  # a line of the log
             eventually(lambda task_id=task_id: copies(f"{task_id} delivered") == 1, task_id)
             eventually(lambda: copies("3 rendering") == 1, f"one line at {width} columns")
         os.close(tty)
@@ -190,27 +140,18 @@ def test_a_terminal_that_is_made_narrower_has_no_copies(home: Home, tmp_path: Pa
         run("kill-server")
 
 
-def test_ctrl_s_holds_up_neither_deliveries_nor_the_stop(
-    home: Home, terminal: Callable[..., Terminal]
-) -> None:
+def test_ctrl_s_holds_up_neither_deliveries_nor_the_stop(home: Home, terminal: Terminal) -> None:
     home.wait_for(never := home.grafx.add("never"))
-    shown = terminal(80)
-    shown.shows("1 rendering")
-
-    def deliver(number: int) -> None:
-        home.wait_for(never, *(home.grafx.add() for _ in range(number)))
-        eventually(lambda: list(home.waiting()) == [never], "deliveries")
-
-    os.write(shown.ours, b"\x13")
-    shown.look()
-    seen = len(shown.raw)
-    deliver(20)
-    shown.look()
-    assert len(shown.raw) == seen  # it is really held
-    os.write(shown.ours, b"\x11")  # Ctrl-Q: all of it comes, and the line as it is now
-    eventually(lambda: (shown.look(), shown.raw.count(b" delivered to ") == 20)[1])
-    shown.shows("1 rendering .* last delivery")
-    os.write(shown.ours, b"\x13")
-    deliver(1)
-    shown.process.send_signal(signal.SIGTERM)
-    assert shown.process.wait(PATIENCE) == 0
+    process = terminal.start()
+    terminal.shows("1 rendering.*")
+    os.write(terminal.ours, b"\x13")
+    home.wait_for(never, *(home.grafx.add() for _ in range(20)))
+    eventually(lambda: list(home.waiting()) == [never], "deliveries")
+    terminal.look()
+    assert b" delivered to " not in terminal.raw  # it is really held
+    os.write(terminal.ours, b"\x11")  # Ctrl-Q: all of it comes, and the line as it is now
+    eventually(lambda: (terminal.look(), terminal.raw.count(b" delivered to ") == 20)[1])
+    terminal.shows("1 rendering .* last delivery.*")
+    os.write(terminal.ours, b"\x13")
+    process.terminate()
+    assert process.wait(PATIENCE) == 0

@@ -1,4 +1,4 @@
-"""The long runs: the poller killed at random moments, and kept busy for long.
+"""The long runs: the poller killed at random moments, kept busy for long, or with every fault of GraFx.
 
     python tests/torture.py --kills 1000       kill -9, look at what is left and how often ON_DONE ran, go on
     python tests/torture.py --orders 20000     that many orders through one process
@@ -10,64 +10,24 @@ The suite runs a short one of each, see test_crash.py and test_outage.py.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import random
+import re
 import shutil
 import signal
-import sys
 import tempfile
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta, timezone
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from conftest import Home, Running, eventually
-from sandbox import MIB, Fault, Sandbox
-from test_faults import FAULTS, FINAL, HELD, JSON_REJECTION, now
+from sandbox import FAULTS, MIB, PAGE, Fault, Sandbox
 
 import db
-
-PENDING = 150  # orders that are pending at any time of a series of kills
-Say = Callable[[str], None]
-
-
-@contextlib.contextmanager
-def place_for(folder: Path) -> Iterator[Home]:
-    """A GraFx, and a folder whose pollers end with it."""
-    with Sandbox() as grafx:
-        home = Home(folder, grafx)
-        try:
-            yield home
-        finally:
-            for poller in home.pollers:
-                poller.process.kill()
-                poller.process.wait()
-
-
-def place(home: Home, task_ids: Iterable[str]) -> None:
-    """Add many orders in one write."""
-
-    def add(store: db.Store) -> None:
-        for task_id in task_ids:
-            store.put(task_id, {}, new=True)
-
-    db.edit(home.database, add)
-
-
-def new_id(chance: random.Random) -> str:
-    return str(uuid.UUID(int=chance.getrandbits(128), version=4))
-
 
 # --- kill -9 -------------------------------------------------------------------------------------
 
@@ -77,373 +37,239 @@ case $TASK_ID in
     [0-3]*) mv "$ORDER_FILE" "$FOLDER/taken/" || exit ;;
     [4-7]*) sleep 0.1 ;;
 esac
-echo "$TASK_ID" >>"$FOLDER/ended"
+>"$FOLDER/ended/$TASK_ID.$$"
 """
-
-
-class Lines:
-    """The lines of a file that others append to."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.at = path, 0
-
-    def new(self) -> list[str]:
-        """Those that came since the last call."""
-        with contextlib.suppress(FileNotFoundError), self.path.open() as file:
-            file.seek(self.at)
-            # An empty line at the end is how the poller tries whether the list takes one, and goes again.
-            if whole := file.read().rpartition("\n")[0].rstrip("\n"):
-                self.at += len(whole) + 1
-                return list(filter(None, whole.split("\n")))
-        return []
+# Where a new file shows a moment that matters: a download, a write of database.json, a final name, the end
+# of a command; and one that never comes.
+SIGNS = ("orders/.*.part", ".*.tmp", "orders/[!.]*", "ended/*", "never")
 
 
 class Kills:
     """Orders that finish all the time, and a poller that is killed all the time."""
 
     def __init__(self, home: Home, seed: int) -> None:
-        self.home, self.grafx, self.chance = home, home.grafx, random.Random(seed)
-        self.placed: set[str] = set()
-        self.done: set[str] = set()  # out of database.json, its file compared and then put away
-        self.bytes = 0
-        (command := home.folder / "on-done").write_text(ON_DONE)
+        self.home, self.grafx, self.folder, self.chance = home, home.grafx, home.folder, random.Random(seed)
+        (command := self.folder / "on-done").write_text(ON_DONE)
         command.chmod(0o755)
-        (home.folder / "taken").mkdir()
-        home.env |= {"ON_DONE": str(command), "FOLDER": str(home.folder)}
-        self.ends = Lines(home.folder / "ended")
-        self.list = Lines(home.folder / ".database.json.delivered")
-        self.ended: list[str] = []  # the orders whose command has ended since the last kill
-        self.runs: Counter[str] = Counter()  # how often it did before
-        self.listed: set[str] = set()  # what was delivered, by the list
-        self.taken: set[str] = set()  # whose file the command has moved
-        self.hit: Counter[str] = Counter()  # how often it was so at a kill: ended, but no line
-        self.alone = 0  # how many of these were commands that ran when the poller was killed, and went on
+        for name in ("taken", "ended"):
+            (self.folder / name).mkdir()
+        home.env |= {"ON_DONE": str(command), "FOLDER": str(self.folder)}
+        home.wait_for()
+        self.placed: set[str] = set()
+        self.done: set[str] = set()  # out of database.json, its file compared and then removed
+        self.bytes = 0
+        self.runs: Counter[str] = Counter()  # how often the command of an order came to its end
+        self.unlisted: Counter[str] = Counter()  # how often that was before a kill, and its line was not
+        self.alone = 0  # how many of these were commands that went on after the kill
         self.back = 0  # delivered orders that were put into database.json again
 
     def new(self) -> str:
-        """An order of 1 kB to 4 MB that renders for up to 1.5 s, small ones more often."""
-        task_id, kind = new_id(self.chance), self.chance.choice(("png", "jpg", "pdf", "mp4"))
-        size = round(1000 * 4000 ** self.chance.random())
+        """An order of 1 kB to 4 MB that renders for up to 1.5 s, small and quick ones more often."""
+        chance, task_id = self.chance, f"{self.chance.getrandbits(128):032x}"
+        kind, size = chance.choice(("png", "jpg", "pdf", "mp4")), round(1000 * 4000 ** chance.random())
         self.placed.add(task_id)
-        return self.grafx.add(kind, task_id=task_id, size=size, after=1.5 * self.chance.random())
+        return self.grafx.add(kind, task_id=task_id, size=size, after=1.5 * chance.random() ** 2)
 
-    def fill(self) -> None:
-        new = [self.new() for _ in range(PENDING - len(self.placed - self.done))]
-        old = self.chance.sample(sorted(self.done), min(len(self.done), self.chance.choice((0, 0, 1, 10))))
-        self.back += len(old)
-        place(self.home, new + old)
+    def ended(self) -> Counter[str]:
+        """How often the command of an order came to its end, in this poller's time."""
+        return Counter(path.stem for path in self.folder.glob("ended/*"))
 
-    def look(self) -> set[str]:
-        """The orders whose command has ended, but whose line is not there."""
-        self.ended += self.ends.new()
-        for line in self.list.new():
-            task_id = line.split()[1]
-            assert task_id not in self.listed, f"delivered twice: {task_id}"
-            self.listed.add(task_id)
-        return set(self.ended) - self.listed
+    def listed(self) -> Counter[str]:
+        """The lines of the list of deliveries, where there is one."""
+        text = "".join(path.read_text() for path in self.folder.glob(".database.json.delivered"))
+        return Counter(re.findall(r"^\S+Z (\S+) .+\n", text, re.M))
 
-    def hidden(self, folder: Path) -> set[str]:
-        """Temporary files; the locks and the list of deliveries are not, they are there for ever."""
-        lasting = (".lock", ".pid", ".delivered")
-        return {path.name for path in folder.glob(".*") if path.suffix not in lasting}
-
-    def kill(self, poller: Running) -> None:
-        """At any time, or at one of the moments that matter: as soon as its sign is seen, and a bit later."""
-        folder, orders, before = self.home.folder, self.home.orders, set(self.home.files())
-        signs: list[Callable[[], object]] = [
-            lambda: False,
-            lambda: self.hidden(orders),  # a file is being written
-            lambda: self.hidden(folder),  # database.json is
-            lambda: any(not name.startswith(".") for name in set(self.home.files()) - before),
-            self.look,  # a command has ended
-        ]
-        sign, started = self.chance.choice(signs), time.monotonic()
-        until = started + 1.5 * self.chance.random()
-        if self.chance.random() < 0.5:  # another program adds one meanwhile
+    def kill(self, poller: Running, longest: float) -> None:
+        """When a sign is seen, or at any time; with its commands, as systemd does it, or alone."""
+        chance, sign = self.chance, self.chance.choice(SIGNS)
+        if chance.random() < 0.5:  # another program adds one meanwhile
             db.add_order(self.new(), path=self.home.database)
-        while time.monotonic() < until and not (time.monotonic() > started + 0.3 and sign()):
+        if chance.random() < 0.9:  # else perhaps while it starts
+            poller.says(" pending, ")
+        time.sleep(longest / 2 * chance.random())
+        before, latest = set(self.folder.glob(sign)), time.monotonic() + longest / 2 * chance.random()
+        while time.monotonic() < latest and set(self.folder.glob(sign)) <= before:
             time.sleep(0.0005)
-        time.sleep(0.01 * self.chance.random() ** 2)
-        self.kill_now(poller, self.chance.random() < 0.5)
-
-    def kill_now(self, poller: Running, with_commands: bool) -> None:
-        """The poller, with its commands as systemd does it, or alone; and see which orders it hit."""
+        time.sleep(0.01 * chance.random() ** 2)
         poller.process.send_signal(signal.SIGSTOP)  # so that all of it is looked at as it was killed
         assert os.WIFSTOPPED(os.waitpid(poller.process.pid, os.WUNTRACED)[1]), poller.log()
-        commands = psutil.Process(poller.process.pid).children(recursive=True)
-        ended = self.look()
+        scripts, ended = psutil.Process(poller.process.pid).children(recursive=True), self.ended()
         poller.stop(signal.SIGKILL)
-        for command in commands if with_commands else ():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                command.kill()
-        eventually(lambda: not any(map(goes_on, commands)), "commands that go on alone come to their end")
-        hit = self.look()
-        assert len(set(self.ended)) == len(self.ended), f"ON_DONE ran twice in one poller: {self.ended}"
-        again = self.runs.keys() & set(self.ended) - self.hit.keys()
-        assert not again, f"ON_DONE ran after the line was there: {again}"
-        self.hit.update(hit)
-        self.alone += len(hit - ended)
-        self.runs.update(self.ended)
-        self.ended = []
+        for script in scripts if chance.random() < 0.5 else ():
+            with suppress(psutil.NoSuchProcess):
+                script.kill()
+        # Those that go on alone come to their end; where nobody asks how they did, they stay known.
+        dead = {"status": psutil.STATUS_ZOMBIE}
+        eventually(lambda: all(one.info == dead for one in psutil.process_iter(["status"]) if one in scripts))
+        unlisted = self.ended() - self.listed()
+        self.unlisted += unlisted
+        self.alone += (unlisted - ended).total()
 
     def inspect(self) -> None:
         """What must hold at any time, whatever was killed."""
-        data = json.loads(self.home.database.read_bytes())
-        assert not data["failed"], data["failed"]
-        visible = [path for path in self.home.orders.iterdir() if not path.name.startswith(".")]
-        files = {path.stem: path for path in visible}
-        assert len(files) == len(visible), f"one order, two files: {sorted(path.name for path in visible)}"
-        moved = list((self.home.folder / "taken").iterdir())
-        for path in visible + moved:
+        data, runs, listed = self.home.read(), self.ended(), self.listed()
+        assert not data.get("failed"), data["failed"]
+        assert set(runs.values()) <= {1}, f"ON_DONE ran twice in one poller: {runs.most_common(5)}"
+        assert set(listed.values()) <= {1}, f"delivered twice: {listed.most_common(5)}"
+        self.runs += runs
+        shutil.rmtree(self.folder / "ended")
+        (self.folder / "ended").mkdir()
+        files, moved = list(self.folder.glob("orders/[!.]*")), list(self.folder.glob("taken/*"))
+        assert len({path.stem for path in files}) == len(files), f"one order, two files: {sorted(files)}"
+        for path in files + moved:
             assert path.stem in self.placed - self.done, f"nobody ordered {path.name}, or it came twice"
             assert path.read_bytes() == self.grafx.body(path.stem), f"{path.name} is not what was served"
-        for path in moved:
-            path.unlink()
-            self.taken.add(path.stem)
-        pending = set(data["orders"])
-        out = self.placed - self.done - pending
-        assert out <= files.keys() | self.taken, f"lost: {sorted(out - files.keys() - self.taken)}"
-        assert out <= self.runs.keys(), f"ON_DONE did not run: {sorted(out - self.runs.keys())}"
-        assert out <= self.listed, f"not noted as delivered: {sorted(out - self.listed)}"
+        there, out = {path.stem for path in files + moved}, self.placed - self.done - data["orders"].keys()
+        for what, those in (("no file", there), ("no ON_DONE", self.runs.keys()), ("no line", listed.keys())):
+            assert out <= those, f"orders left database.json with {what}: {sorted(out - those)}"
         self.done |= out
-        self.bytes += sum(len(self.grafx.body(task_id)) for task_id in out)
-        for task_id in out & files.keys():
-            files[task_id].unlink()
-        # Somebody takes an order out whose file was on its way: what is left of it must go, too.
-        half = self.hidden(self.home.orders)
-        for task_id in pending - files.keys() - self.runs.keys():
-            if f".{task_id}.part" in half and self.chance.random() < 0.1:
-                db.remove_order(task_id, self.home.database)
-                self.placed.remove(task_id)
+        for path in files + moved:
+            if path.stem in out:
+                self.bytes += path.stat().st_size
+                path.unlink()
 
-    def finish(self) -> None:
-        """Without a kill: all is delivered, nothing is left over."""
-        poller = self.home.start()
+    def run(self, number: int, longest: float, before: str) -> None:
+        """So many kills; then without one: all is delivered, nothing is left over."""
+        for count in range(number):
+            print(f"{count} kills, {len(self.done)} orders delivered", end="\r", flush=True)
+            again = self.chance.sample(sorted(self.done), min(len(self.done), self.chance.choice((0, 1, 10))))
+            self.back += len(again)
+            new = [self.new() for _ in range(150 - len(self.placed - self.done))]
+            self.home.wait_for(*self.home.waiting(), *again, *new)
+            self.kill(self.home.start(before=before), longest)
+            self.inspect()
+        poller = self.home.start(before=before)
+        poller.says(" pending, ")  # else it could be stopped before it knows how to
         eventually(lambda: not self.home.waiting(), "the last orders are delivered", 120)
         assert poller.stop() == 0, poller.log()
-        assert not self.look(), "delivered without a line"
-        self.runs.update(self.ended)
         self.inspect()
-        assert self.done == self.placed == self.listed
-        assert not self.hidden(self.home.folder)
-        assert not self.home.files(), self.home.files()
-        once = Counter(self.placed)
-        assert self.runs == once + self.hit, f"run more often: {self.runs - once - self.hit}"
+        assert self.done == self.placed == set(self.listed())
+        assert self.home.files() == list(self.folder.glob(".*.tmp")) == []
+        wanted = Counter(self.placed) + self.unlisted
+        assert self.runs == wanted, f"ON_DONE ran {self.runs - wanted} more, {wanted - self.runs} less"
 
 
-def goes_on(process: psutil.Process) -> bool:
-    """A process that has ended may stay known, where nobody asks how it did."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def kills(folder: Path, number: int, seed: int, say: Say = print) -> str:
-    """Kill the poller so many times; gives the summary. Raises AssertionError where anything is lost."""
-    with place_for(folder) as home:
-        run = Kills(home, seed)
-        for count in range(1, number + 1):
-            run.fill()
-            run.kill(home.start())
-            run.inspect()
-            say(f"{count} of {number} kills, {len(run.done)} of {len(run.placed)} orders delivered")
-        run.finish()
-    again = run.hit.total()
+def kills(home: Home, number: int, seed: int, longest: float = 1.5, before: str = "") -> str:
+    """Kill so many pollers, each after up to `longest` s; gives the summary. Raises AssertionError."""
+    (seen := Kills(home, seed)).run(number, longest, before)
+    again = seen.unlisted.total()
     return (
-        f"{number} kills, seed {seed}: {len(run.placed)} orders, {run.bytes / 1e6:.0f} MB; "
+        f"{number} kills, seed {seed}: {len(seen.placed)} orders, {seen.bytes / 1e6:.0f} MB; "
         "none lost, all delivered, each file equal to what was served\n"
-        f"{run.runs.total()} times ON_DONE ran, for each order at least once; {again} times again:\n"
-        f"  {again - run.alone} times killed between the command's end and its line in the list\n"
-        f"  {run.alone} times killed while the command ran, which went on alone to its end\n"
-        f"  0 times for another reason, though {run.back} times a delivered order was re-added"
+        f"{seen.runs.total()} times ON_DONE ran, for each order at least once; {again} times again:\n"
+        f"  {again - seen.alone} times killed between the command's end and its line in the list\n"
+        f"  {seen.alone} times killed while the command ran, which went on alone to its end\n"
+        f"  0 times for another reason, though {seen.back} times a delivered order was re-added"
     )
 
 
 # --- endurance -----------------------------------------------------------------------------------
 
 
-def endurance(folder: Path, number: int, first: int, say: Say = print) -> tuple[list[int], list[int], str]:
-    """(bytes, descriptors) at most until the `first` were delivered, and at the end, and a summary.
-
-    At the end is at most in the last tenth for bytes, and when all is delivered for descriptors: those of the
-    requests under way vary from moment to moment.
-    """
-    pending = min(1000, first)  # it takes up new orders once a second, so that many at once
-    placed = delivered = 0
-    early, late, began = [0, 0], [0, 0], time.monotonic()
-    with place_for(folder) as home:
-        poller = home.start()
-        process = psutil.Process(poller.process.pid)
-        while delivered < number:
-            left = len(home.waiting()) if placed else 0
-            delivered = placed - left
-            if left <= pending * 3 // 4 and placed < number:
-                new = min(number - placed, pending - left)
-                place(home, [home.grafx.add("png") for _ in range(new)])
-                placed += new
-            used = [process.memory_info().rss, process.num_fds()]
-            if delivered <= first:
-                early = list(map(max, early, used))
-            if delivered >= number * 9 // 10:
-                late = [max(late[0], used[0]), used[1]]
-            seconds = time.monotonic() - began
-            say(f"{delivered} of {number} orders, {seconds:.0f} s, {used[0] / MIB:.1f} MiB, {used[1]} open")
-            time.sleep(0.1)
-            assert poller.process.poll() is None and seconds < 60 + number, poller.log()
-        assert poller.stop() == 0, poller.log()
-        assert not home.failed(), home.failed()
-        assert len(home.files()) == number
+def endurance(home: Home, number: int, first: int, before: str = "") -> str:
+    """So many orders through one process; gives the summary. Raises AssertionError where it grows."""
+    memory, files, wave, began = list[int](), list[int](), min(1000, first), time.monotonic()
+    process = psutil.Process((poller := home.start(before=before)).process.pid)
+    for placed in range(0, number, wave):
+        home.wait_for(*(home.grafx.add() for _ in range(min(wave, number - placed))))
+        eventually(lambda: not home.waiting(), "all orders of a wave are delivered", 60 + wave)
+        # Only now: what requests need varies from moment to moment.
+        memory.append(process.memory_info().rss)
+        files.append(process.num_fds())
+    seconds = time.monotonic() - began
+    assert poller.stop() == 0, poller.log()
+    assert len(home.files()) == number
+    early, late = max(memory[: first // wave]), max(memory[-max(1, len(memory) // 10) :])
     summary = (
-        f"{number} orders through one process in {seconds:.0f} s: resident memory {early[0] / MIB:.1f} MiB "
-        f"up to the first {first} and {late[0] / MIB:.1f} MiB in the last tenth, "
-        f"open descriptors {early[1]} and at the end {late[1]}"
+        f"{number} orders through one process in {seconds:.0f} s: resident memory {early / MIB:.1f} MiB "
+        f"up to the first {first} and {late / MIB:.1f} MiB in the last tenth, "
+        f"open descriptors {files[0]} and at the end {files[-1]}"
     )
-    return early, late, summary
+    assert late <= early + 2 * MIB + 250 * number, summary  # the ids of the list of deliveries stay in memory
+    assert files[-1] <= files[0] + 16, summary  # idle connections
+    return summary
 
 
 # --- outages -------------------------------------------------------------------------------------
 
-Event = tuple[float, Callable[[], object]]  # after so many seconds, what happens
+PLACES = ("task", "task", "download", "download", "token")  # the token is everybody's: its faults are fewer
+HTML = {"body": PAGE, "content_type": "text/html"}
+# What has options here would go on long after it is over. A 410 of a download is no outage: the file is gone.
+OPTIONS = {"trickle": {"pace": 0.02, "after": 0.8}, "huge": {"size": 2 * MIB}, "slow": {"rate": 200_000}}
+STATUSES = ("202", "400", "401", "403", "404", "408", "422", "429", "500", "502", "503", "504")
+DECK: list[tuple[str, Any]] = [(name, OPTIONS.get(name, {})) for name in FAULTS]
+DECK += [(f"status-{status}", {}) for status in STATUSES]
+DECK += [("status-400", HTML), ("status-404", HTML), ("status-502", HTML), ("status-429", {"retry_after": 1})]
+SHORT = (  # pauses and patience for faults of less than 5 s
+    "chili.TIMEOUT = (0.5, 0.5); chili.SLOW_START = 0.5; chili.TOKEN_PAUSE = 0.1; db.LOOK = 0.1; "
+    "poller.SHORTEST_PAUSE = 0.1; poller.LONGEST_PAUSE = 0.2"
+)
 
 
-def outage(folder: Path, number: int, longest: float, seed: int, once: bool, say: Say = print) -> str:
-    """Orders that finish while GraFx has every fault of test_faults.py; gives the summary.
+def outage(home: Home, number: int, longest: float, seed: int) -> str:
+    """Orders that finish while GraFx has every fault, by a daemon and by --once; gives both summaries."""
+    with Sandbox() as other, ThreadPoolExecutor() as pool:
+        beside = Home(Path(tempfile.mkdtemp(dir=home.folder)), other)
+        daemon = pool.submit(meet_all, home, number, longest, seed)
+        return f"{meet_all(beside, number, longest, seed, '--once')}\n{daemon.result()}"
 
-    Each fault lasts up to `longest` seconds, for some of the orders or for all. `once` is `--once`, again and
-    again. Raises AssertionError where an order failed, was not delivered, or got another one's file.
+
+def meet_all(home: Home, number: int, longest: float, seed: int, *arguments: str) -> str:
+    """Some eight faults at a time, each for up to `longest` seconds and until it was met.
+
+    Raises AssertionError where an order failed, was not delivered, or got another one's file.
     """
-    chance = random.Random(seed)
-    with place_for(folder) as home:
-        grafx = home.grafx
-        home.env["POLL_INTERVAL"] = str(max(0.3, longest / 12))
-        tasks = [new_id(chance) for _ in range(number)]
-        events = outage_plan(grafx, tasks, longest, chance)
-        faults, lasts = len(events) // 2, events[-1][0]
-        orders = {}
-        for task_id in tasks:
-            # Some 70 kB are more than is read at once, and what gzip-far needs.
-            grafx.add(task_id=task_id, size=chance.randrange(70_500, 90_000), after=lasts * chance.random())
-            age = timedelta(seconds=10 ** (5 * chance.random()))  # a second to a day
-            orders[task_id] = {"added": db.stamp(datetime.now(timezone.utc) - age)}
-        home.write({"orders": orders, "failed": {}})
-        early, runs = go_through(home, events, longest / 60, once, say)
-        assert not home.read().get("failing"), home.read()
-        assert set(home.files()) == {f"{task_id}.png" for task_id in tasks}
-        for task_id in tasks:
-            file = home.orders / f"{task_id}.png"
-            assert file.read_bytes() == grafx.body(task_id), f"{file.name} is not its own"
-        hit = sum(request.fault is not None for request in grafx.requests)
-        return (
-            f"{number} orders, {faults} faults of {longest / 12:g} to {longest:g} s in {lasts:.0f} s, "
-            f"{f'{runs} times --once' if once else 'one process'}, seed {seed}: none failed, all delivered, "
-            f"each file its own; {hit} of {len(grafx.requests)} requests met a fault, "
-            f"{early} orders were delivered all the same before the last one was over"
-        )
-
-
-def both_outages(folder: Path, number: int, longest: float, seed: int, say: Say = print) -> str:
-    """The same with and without --once, side by side; gives both summaries."""
-    with ThreadPoolExecutor() as pool:
-        runs = []
-        for name, once in (("one process", False), ("--once", True)):
-            (folder / name).mkdir()
-            report = say if not once else lambda line: None
-            runs.append(pool.submit(outage, folder / name, number, longest, seed, once, report))
-        return "\n".join(run.result() for run in runs)
-
-
-def outage_plan(grafx: Sandbox, tasks: list[str], longest: float, chance: random.Random) -> list[Event]:
-    """When which fault begins and ends, by time; some three at a time."""
-    deck = [(fault, options, ends) for _, fault, options, *ends in FAULTS]
+    home.wait_for()
+    chance, grafx, before = random.Random(seed), home.grafx, SHORT if longest < 5 else ""
+    home.env["POLL_INTERVAL"] = str(max(0.1, longest / 12))
+    late = ("late", {"status": 204, "task": grafx.add()})  # behind it comes another order's answer
+    deck = [(chance.choice(PLACES), name, options) for name, options in (*DECK, late)]
     chance.shuffle(deck)
-    events: list[Event] = []
-    for fault, options, ends in deck:
-        # The token is everybody's, so its faults are fewer. What is final or for a year is no outage, nor is
-        # a token server that says in its own words that the credentials are wrong.
-        weights = {"task": 2, "download": 2, "token": int(options is not JSON_REJECTION)}
-        places = [what for what, end in zip(weights, ends, strict=True) if end not in (FINAL, HELD)]
-        if not any(weights[what] for what in places):
-            continue
-        (what,) = chance.choices(places, [weights[what] for what in places])
-        some = None if what == "token" else frozenset(chance.sample(tasks, chance.randint(1, len(tasks))))
-        begins = len(events) * longest / 10
-        running: list[Fault] = []
-        events += [
-            (begins, partial(begin, grafx, running, what, fault, options, some)),
-            (begins + chance.uniform(longest / 12, longest), partial(end, grafx, running)),
-        ]
-    return sorted(events, key=lambda event: event[0])
-
-
-def begin(
-    grafx: Sandbox, running: list[Fault], what: str, fault: str, options: dict[str, Any], some: Any
-) -> None:
-    more = {"size": 2 * MIB} if fault == "huge" else now(grafx, options)
-    running.append(grafx.fault(what, fault, times=None, task_id=some, **more))
-    if what == "token":
-        grafx.revoke()  # so that a new one is asked for
-
-
-def end(grafx: Sandbox, running: list[Fault]) -> None:
-    grafx.end_fault(running[0])
-
-
-def go_through(home: Home, events: list[Event], scale: float, once: bool, say: Say) -> tuple[int, int]:
-    """All of it, until no order is pending; gives how many were delivered before the last fault was over, and
-    how many processes it took."""
-    before = ""
-    if scale < 1:  # pauses and patience as short as the faults are
-        before = (
-            f"chili.TIMEOUT = ({max(1, 10 * scale)}, {max(1, 30 * scale)}); "
-            f"chili.SLOW_START = chili.TOKEN_PAUSE = {max(1, 60 * scale)}; "
-            f"poller.SHORTEST_PAUSE = {max(0.1, 2 * scale)}; db.LOOK = {max(0.1, scale)}; "
-            f"poller.MINUTE = {60 * scale}; poller.LONGEST_PAUSE = {900 * scale}"
-        )
-    arguments = ["--once"] if once else []
-    began, count, early, next_run = time.monotonic(), len(home.waiting()), 0, 0.0
-    patience = events[-1][0] + max(120, 600 * scale)
-    left, poller = count, home.start(*arguments, before=before)
-    while left or events:
+    tasks, running = list[str](), list[tuple[float, int, Fault]]()
+    began, poller = time.monotonic(), home.start(*arguments, before=before)
+    while deck or running or home.waiting():
         seconds = time.monotonic() - began
-        assert seconds < patience, f"{left} orders are left\n{poller.log()}"
-        while events and events[0][0] <= seconds:
-            events.pop(0)[1]()
-        code, data = poller.process.poll(), home.read()
-        assert not data["failed"], data["failed"]
-        left = len(data["orders"])
-        early = count - left if events else early
-        say(f"{count - left} of {count} orders, {seconds:.0f} s, {len(events)} faults begin or end")
-        if code is None:
-            next_run = seconds + scale
-        else:
-            assert once and code in (0, 1) and "Traceback" not in poller.log(), poller.log()
-            if seconds >= next_run:
-                poller = home.start(*arguments, before=before)
-        time.sleep(0.1)
-    code = poller.process.wait(60) if once else poller.stop()
-    assert code == 0 or (once and code == 1), poller.log()
-    assert "Traceback" not in poller.log(), poller.log()
-    return early, len(home.pollers)
+        assert seconds < 120 + 60 * longest, f"left: {running or home.waiting()}\n{poller.log()}"
+        assert not home.failed(), home.failed()
+        for one in list(running):
+            until, first, fault = one
+            if seconds >= until and any(asked.fault == fault.name for asked in grafx.requests[first:]):
+                grafx.end_fault(fault)
+                running.remove(one)
+        if deck and len(running) < 8:
+            print(f"{len(tasks)} orders, {len(deck)} faults to come", end="\r", flush=True)
+            what, name, options = deck.pop()
+            # Some 70 kB are more than is read at once, and what gzip-far needs.
+            new = [grafx.add(size=chance.randrange(70_500, 90_000), after=longest * chance.random() / 2)
+                   for _ in range(max(1, number // len(DECK)))]  # fmt: skip
+            hit = None if what == "token" else [*new, *chance.sample(tasks, len(tasks) // 2)]
+            fault = grafx.fault(what, name, times=None, task_id=hit, **options)
+            running.append((seconds + chance.uniform(longest / 12, longest), len(grafx.requests), fault))
+            if what == "token":
+                grafx.revoke()  # so that a new one is asked for
+            for task_id in new:
+                db.add_order(task_id, path=home.database)
+            tasks += new
+        if poller.process.poll() is not None:
+            assert arguments, poller.log()
+            poller = home.start(*arguments, before=before)
+        time.sleep(min(0.1, longest / 20))
+    for poller in home.pollers:
+        assert poller.stop() in ((0, 1) if arguments else (0,)), poller.log()
+        assert "Traceback" not in poller.log(), poller.log()
+    assert not home.read().get("failing"), home.read()
+    assert home.files() == sorted(f"{task_id}.png" for task_id in tasks)
+    for file in home.orders.glob("*.png"):
+        assert file.read_bytes() == grafx.body(file.stem), f"{file.name} is not its own"
+    hits = sum(request.fault is not None for request in grafx.requests)
+    return (
+        f"{len(tasks)} orders, {len(DECK) + 1} faults of up to {longest:g} s in {seconds:.0f} s, "
+        f"{f'{len(home.pollers)} times --once' if arguments else 'one process'}, seed {seed}: none failed, "
+        f"all delivered, each file its own; {hits} of {len(grafx.requests)} requests met a fault"
+    )
 
 
-# --- the program ---------------------------------------------------------------------------------
-
-
-def progress() -> Say:
-    """A line every 10 s."""
-    last = time.monotonic()
-
-    def say(line: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 10:
-            last = time.monotonic()
-            print(line, flush=True)
-
-    return say
-
-
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--kills", type=int, metavar="N", help="kill the poller so many times")
@@ -456,21 +282,19 @@ def main() -> int:
     seed = random.randrange(10**6) if given.seed is None else given.seed
     print(f"seed {seed}, in {folder}", flush=True)
     try:
-        if given.kills:
-            summary = kills(folder, given.kills, seed, progress())
-        elif given.outage:
-            summary = both_outages(folder, given.outage, given.longest, seed, progress())
-        else:
-            early, late, summary = endurance(folder, given.orders, min(2000, given.orders // 2), progress())
-            known = 250 * given.orders  # bytes: the ids of the list of deliveries stay in memory
-            assert late[0] <= early[0] + 2 * MIB + known and late[1] <= early[1], summary
-    except AssertionError as error:
-        print(f"FAILED: {error}\nAll of it is in {folder}", file=sys.stderr)
-        return 1
-    print(summary)
+        with Sandbox() as grafx:
+            home = Home(folder, grafx)
+            if given.kills:
+                print(kills(home, given.kills, seed))
+            elif given.orders:
+                print(endurance(home, given.orders, min(2000, given.orders // 2)))
+            else:
+                print(outage(home, given.outage, given.longest, seed))
+    finally:
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
     shutil.rmtree(folder, ignore_errors=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
