@@ -706,13 +706,16 @@ class Database:
         """Whether every failed order is under "failed" in the file."""
         return not self._unwritten.failed
 
-    def sync(self) -> tuple[dict[str, Fields], set[str]]:
-        """Write the results, and read what others changed. Returns the new orders and the removed ones."""
+    def sync(self, idle: bool = True) -> tuple[dict[str, Fields], set[str]]:
+        """Write the results, and read what others changed. Returns the new orders and the removed ones.
+
+        idle: nothing else is under way, so results need not wait for more of them.
+        """
         if look := time.monotonic() >= self._look:
             self._look = time.monotonic() + LOOK
         if look and not self.loaded:
             self.deliveries.shorten()
-        store, problem = self._write(look)
+        store, problem = self._write(look, idle)
         if look and not store:  # even if writing failed: others may have added orders
             store, unreadable = self._read()
             problem = problem or unreadable
@@ -720,7 +723,7 @@ class Database:
             self._report(problem)
         return self._compare(store) if store else ({}, set())
 
-    def _write(self, look: bool) -> tuple[Store | None, str]:
+    def _write(self, look: bool, idle: bool) -> tuple[Store | None, str]:
         """List deliveries at once; write the file less often. Returns what was written, or the problem."""
         now, store = time.monotonic(), None
         try:
@@ -728,7 +731,7 @@ class Database:
                 self.deliveries.prove(0.2 if self.loaded else PATIENCE)
             if look or not self.problem:
                 self._list()
-            if look and self._unwritten and now >= self._unwritten.pause:
+            if self._unwritten and now >= self._unwritten.pause and (look or (idle and not self.problem)):
                 store = self._save()
         except Busy as error:
             self._unwritten.busy = min(self._unwritten.busy, now)

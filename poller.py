@@ -288,6 +288,7 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # not generic in
     def __init__(self, verbose: bool) -> None:
         super().__init__(sys.stderr)
         self.terminal = sys.stderr.isatty()
+        self.pause = min(db.LOOK, 0.2) if self.terminal else db.LOOK  # seconds between two reports
         self.live = self.drawn = ""  # the live line to show, and as it was last drawn
         stat = os.fstat(2)  # systemd.exec(5): how to detect that stderr is the journal
         self.journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
@@ -740,7 +741,7 @@ class Poller:
     def sync_orders(self) -> None:
         """Write the results; apply which orders others added to the file or removed from it."""
         first = not self.database.loaded
-        new, gone = self.database.sync()
+        new, gone = self.database.sync(idle=not self.polling and self.next_due() > time.monotonic())
         if self.database.settled:  # else it could run twice for an order not yet under "failed"
             self.on_failed.run_for_all()
         if self.once and not first:
@@ -841,7 +842,7 @@ class Poller:
     def handle_results(self, seconds: float | None = None) -> None:
         """Wait for a result, at most until the next order or report is due; then handle all results."""
         if seconds is None:
-            seconds, now = self.status.pause, time.monotonic()
+            seconds, now = self.status.screen.pause, time.monotonic()
             if self.grafx.token.issued and len(self.polling) < self.settings.concurrency:
                 seconds = min(seconds, max(self.next_due() - now, self.outage.pause()))
         with contextlib.suppress(queue.Empty):
@@ -1067,7 +1068,6 @@ class Status:
         self.results: Counter[str] = Counter()  # the states in which polls ended
         self.states: tuple[Any, Counter[str]] = (None, Counter())  # the orders' states after so many results
         self.last = self.note = ""  # the last delivery; what `db.py list` shows
-        self.pause = min(db.LOOK, 0.2) if screen.terminal else db.LOOK  # seconds between two reports
         self.due = 0.0  # when the next report is due
         self.ready_by = time.monotonic() + 30.0  # READY=1 is sent by then at the latest
 
@@ -1077,7 +1077,7 @@ class Status:
             return
         if self.screen.gone():
             poller.exit_code = 1
-        self.due, version = now + self.pause, self.results.total()
+        self.due, version = now + self.screen.pause, self.results.total()
         if version != self.states[0]:  # not at each report: there may be 20,000 orders
             self.states = version, Counter(order.state for order in poller.orders.values())
         polled = (order for order in poller.polling.values() if order and order.task_id in poller.orders)
