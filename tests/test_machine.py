@@ -265,7 +265,7 @@ def secrets(home: Home) -> None:
     said = {"error": "invalid_client", "error_description": f"unknown: {grafx.client_secret}"}
     grafx.fault("token", "status-401", times=None, body=json.dumps(said).encode())
     for argument in ("--check", "--once"):
-        assert home.run(argument, "-v", before=quick).process.returncode == 78
+        assert home.run(argument, "-v", before=QUICK).process.returncode == 78
 
     for path in home.folder.rglob("*"):
         if path.is_file():
