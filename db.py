@@ -229,8 +229,8 @@ class Store:
     def take(self, task_ids: Iterable[str]) -> None:
         """Remove pending orders, and their records under "failing" and "failed"."""
         gone = self.named(task_ids)
+        same = {key(task_id) for task_id in gone}
         for records in (self.data.get("failing", {}), self.data.get("failed", {})):
-            same = {key(task_id) for task_id in gone}
             for task_id in [name for name in records if key(name) in same]:
                 del records[task_id]
         for task_id in gone:
@@ -738,7 +738,8 @@ class Database:
             return None, str(error) if now >= self._unwritten.busy + PATIENCE else ""
         except DatabaseError as error:
             return None, str(error)
-        self._unwritten.busy = math.inf
+        if look:  # else perhaps nothing was tried
+            self._unwritten.busy = math.inf
         return store, ""
 
     def _read(self) -> tuple[Store | None, str]:

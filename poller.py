@@ -752,10 +752,13 @@ class Poller:
             self.add(task_id, fields)
         for task_id in gone:
             del self.orders[task_id]
+        if first:
+            return
         for task_ids, what in ((new, "added"), (gone, "removed from the file by somebody")):
-            if len(task_ids) > 5 and not first:
+            if len(task_ids) > 5:
                 log.info("%d orders %s", len(task_ids), what)
-            for task_id in task_ids if len(task_ids) <= 5 and not first else ():
+                continue
+            for task_id in task_ids:
                 project = self.orders[task_id].project if task_id in self.orders else ""
                 log.info("%s %s%s", task_id, what, in_project(project))
 
@@ -769,10 +772,8 @@ class Poller:
         order = Order(task_id, project, epoch(fields.get("added")), now, handled=now)
         if record := self.database.failing.get(task_id):
             # `since` may be missing, or in the future if the clock was set back: then it counts from now.
-            order.state, order.rejected_since = (
-                "rejected",
-                min(now, now - time.time() + epoch(record.get("since"))),
-            )
+            order.state = "rejected"
+            order.rejected_since = min(now, now - time.time() + epoch(record.get("since")))
             times = record.get("times")
             # The daemon starts the count again, since it does not write each rejection to the file.
             order.rejections = times if self.once and isinstance(times, int) else 0
