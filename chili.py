@@ -188,7 +188,7 @@ def send(session: requests.Session, who: str, method: str, url: str, **more: Any
     except ProxyError as error:
         reason, parts = _reason(error), urlsplit(proxy if "//" in proxy else f"//{proxy}")
         problem = "refuses to connect" if reason.startswith("Tunnel connection") else "is unreachable"
-        problem = "wants a user and a password" if " 407" in reason else problem
+        problem = "requires a user name and a password" if " 407" in reason else problem
         problem = f"the proxy {parts.hostname}:{parts.port} {problem} ({reason})"
         raise TryAgainLater(problem, shared=True) from None
     except (requests.RequestException, HTTPError, OSError, ValueError) as error:
@@ -210,7 +210,7 @@ def pieces(response: requests.Response) -> Iterator[bytes]:
     """The body as it arrives, gzip decoded. Raises NotUnderstood if it may be incomplete or is too slow."""
     raw, total = response.raw, response.raw.length_remaining
     if total is None and not raw.chunked:
-        raise NotUnderstood("the answer has neither a length nor an end that shows it is whole")
+        raise NotUnderstood("the answer has neither a Content-Length nor chunks, so it may be incomplete")
     began, came = time.monotonic(), 0
     try:
         start = [raw.read(2)]
@@ -244,7 +244,7 @@ def read_json(response: requests.Response) -> dict[str, Any]:
     with contextlib.suppress(ValueError, RecursionError):
         said = json.loads(body)
     if said is None and body and coding(response) not in NO_CODING:
-        raise TryAgainLater(f"the answer has the unknown coding {coding(response)}")
+        raise TryAgainLater(f"the answer has the unknown Content-Encoding {coding(response)}")
     return said if isinstance(said, dict) else {}
 
 
@@ -443,7 +443,7 @@ class GraFx:
             try:
                 url = self._address(response.next.url)
             except ValueError:
-                raise TryAgainLater("redirected to what is not an http address") from None
+                raise TryAgainLater("redirected to an address that is not http") from None
         raise TryAgainLater(f"redirected more than {REDIRECTS} times")
 
     def _get_once(self, session: requests.Session, url: str) -> requests.Response:
@@ -458,7 +458,7 @@ class GraFx:
         data, links = said.get("data"), said.get("links")
         about = data.get("taskId") if isinstance(data, dict) else None
         if isinstance(about, str) and about.casefold() != task_id.casefold():
-            raise NotUnderstood(f"the answer was another task's: {sanitize(about)[:80]}")
+            raise NotUnderstood(f"the answer is about another task: {sanitize(about)[:80]}")
         link = links.get("download") if isinstance(links, dict) else None
         if not link and about:  # CHILI's own web client (studio-ui) downloads from here
             link = f"{self.tasks}{task_id}/download"
@@ -485,17 +485,17 @@ def check_environment(grafx: GraFx, task_id: str | None) -> str:
         said, status = read_json(response), response.status_code
     if origin(str(response.url)) != grafx.token.home:
         host = urlsplit(str(response.url)).hostname
-        raise TryAgainLater(f"{grafx.base_url} redirects to {host}: look at BASEURL")
+        raise TryAgainLater(f"{grafx.base_url} redirects to {host}: check BASEURL")
     about = f" about {task_id}" if task_id else ""
     own = status in (400, 422, 500) and task_id and said and not str(said.get("title")).startswith(ASP_NET)
     if own or status in (202, 204) or (status == 200 and said):
         return f"{grafx.base_url} answers{about}"
     if status == 404 and said and not task_id:
         return f"{grafx.base_url} answers; only the first order shows whether ENVIRONMENT is right"
-    words = sanitize(said.get("detail") or said.get("title") or "not in GraFx's own words").rstrip(".")
+    words = sanitize(said.get("detail") or said.get("title") or "no reason given").rstrip(".")
     raise TryAgainLater(
         f"{grafx.base_url} answered {_status(response)}{about}: {words}."
-        " Look at BASEURL and ENVIRONMENT, and at the integration's permissions."
+        " Check BASEURL, ENVIRONMENT and the integration's permissions."
     )
 
 
@@ -558,11 +558,11 @@ def _save(response: requests.Response, orders_dir: Path, task_id: str, progress:
             extension = _extension(response, file.read(16))
             file.seek(max(0, size - len(PNG_END)))
             if extension == "png" and file.read() != PNG_END:
-                raise TaskRejected("the PNG has no end", 200, own_reason=True)
+                raise TaskRejected("the PNG is truncated", 200, own_reason=True)
             os.fsync(file.fileno())
         whole = orders_dir / f"{task_id}.{extension}"
         if whole.is_dir():
-            raise TryAgainLater(f"{whole} is a folder, where the file belongs: move it away")
+            raise TryAgainLater(f"{whole} is a folder where the file should be: move it away")
         return temp.replace(whole)
     finally:
         with contextlib.suppress(OSError):
@@ -576,11 +576,11 @@ def _extension(response: requests.Response, first: bytes) -> str:
     if looks and says in (*FORMATS[looks][0], *NO_TYPE):
         return looks
     if first and not looks and coding(response) not in NO_CODING:
-        raise TryAgainLater(f"the file has the unknown coding {coding(response)}")
+        raise TryAgainLater(f"the file has the unknown Content-Encoding {coding(response)}")
     if not first:
         raise TaskRejected("the file is empty", 200)
     if says in NO_TYPE:
-        raise TaskRejected(f"the file is none of {', '.join(FORMATS)}", 200)
+        raise TaskRejected(f"the file's format is none of {', '.join(FORMATS)}", 200)
     # A file of no known format may be an error page from a proxy, so it may concern all orders.
-    text = f"the file says {says} but is {looks or 'something else'}"
+    text = f"Content-Type is {says}, but the file is {looks or 'something else'}"
     raise TaskRejected(text, 200, own_reason=bool(looks))

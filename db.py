@@ -80,7 +80,7 @@ def env_lines() -> list[Binding]:
         if isinstance(error, (FileNotFoundError, IsADirectoryError)) and place == HERE / ".env":
             return []
         missing = isinstance(error, FileNotFoundError)
-        how = "Look at GRAFX_ENV_FILE." if missing else advice(error, place)
+        how = "Check GRAFX_ENV_FILE." if missing else advice(error, place)
         raise DatabaseError(f"cannot read {place}: {error.strerror}. {how}") from None
     except UnicodeDecodeError as error:
         raise DatabaseError(f"cannot read {place}: {error}. Save it as UTF-8.") from None
@@ -127,12 +127,12 @@ def advice(error: OSError, place: Path) -> str:
         **dict.fromkeys(UNSUPPORTED, "Its file system has no locks: use another one."),
     }
     if error.errno not in (errno.EACCES, errno.EPERM):
-        return known.get(error.errno or 0, "Look at its disk.")
+        return known.get(error.errno or 0, "Check its disk.")
     for where in (place, place.parent):
         with contextlib.suppress(OSError, KeyError):
             stat = where.stat()
             owner, group = pwd.getpwuid(stat.st_uid).pw_name, grp.getgrgid(stat.st_gid).gr_name
-            mine = f"{where} is {owner}:{group}'s with mode {stat.st_mode & 0o7777:o}"
+            mine = f"{where} belongs to {owner}:{group} with mode {stat.st_mode & 0o7777:o}"
             return f"{mine}: run this with sudo, join that group, or fix owner and mode."
     return "Fix the folder's permissions."
 
@@ -182,16 +182,16 @@ class Store:
         self.data, self.items, self.changed = data, items, False
         self.orders: dict[str, Fields] = {}
         self.ids: dict[str, str] = {}  # `key` of an order to its id in `orders`, in its first spelling
-        self.others: list[str] = []  # duplicates of these orders, spelled differently
-        self.strange: list[str] = []  # entries that are not orders, each on one line
+        self.duplicates: list[str] = []  # duplicates of these orders, spelled differently
+        self.invalid: list[str] = []  # entries that are not orders, each on one line
         for item in items.items() if isinstance(items, dict) else items:
             task_id, fields = _entry(item)
             if task_id is None:
-                self.strange.append(json.dumps(item, ensure_ascii=False))
+                self.invalid.append(json.dumps(item, ensure_ascii=False))
             else:
                 first = self.ids.setdefault(key(task_id), task_id)
                 if first != task_id:
-                    self.others.append(task_id)
+                    self.duplicates.append(task_id)
                 twice = self.orders.get(first)
                 self.orders[first] = fields | twice if twice else fields
 
@@ -235,7 +235,7 @@ class Store:
                 del records[task_id]
         for task_id in gone:
             del self.orders[task_id], self.ids[key(task_id)]
-        both = gone | {other for other in self.others if key(other) not in self.ids}
+        both = gone | {other for other in self.duplicates if key(other) not in self.ids}
         if isinstance(self.items, dict):
             for task_id in both:
                 self.items.pop(task_id, None)
@@ -327,7 +327,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> Fields:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"{json.dumps(twice)} stands twice in one object, and only one could be kept")
+        raise ValueError(f"duplicate key {json.dumps(twice)} in one object")
     return found
 
 
@@ -575,7 +575,7 @@ class Deliveries:
         try:
             now = version(self.path)
             if self.file and not now:
-                warn_once(f"{self.path} was taken away: what was delivered before counts as not delivered.")
+                warn_once(f"{self.path} was removed: earlier deliveries are no longer known.")
             file, size = (now[:2], now[2]) if now else (None, 0)
             if file != self.file or size < self.end:
                 self.ids, self.again, self.file, self.end = {}, set(), file, 0
@@ -586,7 +586,7 @@ class Deliveries:
                 self.end += data.rfind(b"\n") + 1
                 self._understand(data)
         except OSError as error:
-            warn_once(f"cannot read {self.path}: {error.strerror}. Fix that: nothing counts as delivered.")
+            warn_once(f"cannot read {self.path}: {error.strerror}. Until then no order counts as delivered.")
 
     def _understand(self, lines: bytes) -> None:
         for when, task_id, name in self.LINE.findall(lines):
@@ -597,7 +597,7 @@ class Deliveries:
             else:
                 self.ids[order] = (when + b" " + name).decode("utf-8", "replace")
 
-    def prove(self, patience: float) -> None:
+    def check_writable(self, patience: float) -> None:
         """Check that the list can be written, by appending an empty line and removing it again.
 
         patience: seconds to wait for the lock. Raises DatabaseError.
@@ -672,7 +672,7 @@ class Database:
     is written to the list first. A problem is logged when it begins and when it ends.
     """
 
-    def __init__(self, path: Path, prove: bool) -> None:
+    def __init__(self, path: Path, check_writable: bool) -> None:
         self.file, self.deliveries = File(path), Deliveries(path)
         self.failing: dict[str, Fields] = {}  # the records of rejected orders, as the file should have them
         self.loaded = False  # whether the file was ever read
@@ -680,7 +680,7 @@ class Database:
         self._unwritten = _Unwritten()
         self._known: set[str] = set()  # the orders that the loop has been given
         self._look = 0.0  # when to check the file again, in monotonic seconds
-        self.deliveries.writable = not prove
+        self.deliveries.writable = not check_writable
 
     def delivered(self, task_id: str, file: str) -> None:
         """The order's file is complete and on the disk, and ON_DONE has succeeded."""
@@ -702,7 +702,7 @@ class Database:
             self._unwritten.failing = True
 
     @property
-    def settled(self) -> bool:
+    def failures_written(self) -> bool:
         """Whether every failed order is under "failed" in the file."""
         return not self._unwritten.failed
 
@@ -728,7 +728,7 @@ class Database:
         now, store = time.monotonic(), None
         try:
             if look and not self._unwritten.delivered and not self.deliveries.writable:
-                self.deliveries.prove(0.2 if self.loaded else PATIENCE)
+                self.deliveries.check_writable(0.2 if self.loaded else PATIENCE)
             if look or not self.problem:
                 self._list()
             if self._unwritten and now >= self._unwritten.pause and (look or (idle and not self.problem)):
@@ -816,8 +816,8 @@ class Database:
         if first:
             counts = f"{len(new) - len(self.failing)} pending, {len(self.failing)} rejected"
             log.info("%s, %d failed, %d delivered", counts, len(store.failed), len(self.deliveries.ids))
-        for entry in store.strange:
-            warn_once(f"no task id, left alone in the database: {entry}")
+        for entry in store.invalid:
+            warn_once(f"ignored an entry without a valid task id: {entry}")
         return new, gone
 
 
@@ -827,7 +827,7 @@ class Database:
 def beside_code(path: str | Path) -> Path:
     """A path relative to this module; resolved, so that no symbolic link is replaced. Raises ValueError."""
     if str(path).startswith("~"):  # a service may have a different home, or none
-        raise ValueError(f"is {path}: write the whole path, without ~")
+        raise ValueError(f"is {path}: write the full path, without ~")
     return Path(os.path.realpath(HERE / path))
 
 
@@ -947,8 +947,8 @@ def _list(path: Path) -> None:
     with contextlib.suppress(OSError):
         if said := beside(path, "pid").read_text().partition(" ")[2].strip():
             print(f"the poller says: {said}")
-    for item in store.strange:
-        print(f"not an order, left alone: {item}")
+    for item in store.invalid:
+        print(f"ignored, since it is not an order: {item}")
     first = stamp(datetime.now(timezone.utc) - timedelta(days=1))
     print(f"{sum(said >= first for said in deliveries.ids.values())} delivered in the last 24 hours")
     for task_id, said in [*deliveries.ids.items()][-1:]:

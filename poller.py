@@ -112,7 +112,7 @@ def command(text: str) -> list[str]:
     if words and "/" in words[0]:
         words[0] = str(db.HERE / words[0])
     if words and not shutil.which(words[0]):
-        raise ValueError(f"names {words[0]}, which cannot be run: install it, or write its whole path")
+        raise ValueError(f"names {words[0]}, which cannot be run: install it, or write its full path")
     return words
 
 
@@ -175,9 +175,9 @@ def warn_about_env(given: dict[str, str]) -> None:
         place = f"{db.env_file()}, line {original.line + original.string[:-1].count(chr(10))}"
         meant = difflib.get_close_matches((name or "").upper(), set(NAMES) - given.keys(), 1, 0.85)
         if error:
-            log.warning("%s: cannot be parsed, and has no effect", place)
+            log.warning("%s: cannot be parsed, so it is ignored", place)
         elif meant and name not in NAMES:
-            log.warning("%s: %s is no setting, and has no effect: is it %s?", place, name, meant[0])
+            log.warning("%s: unknown setting %s is ignored; did you mean %s?", place, name, meant[0])
 
 
 def sources() -> str:
@@ -234,12 +234,12 @@ class Claim:
         Raises Busy if another poller has one; DatabaseError, CannotWrite if a disk is missing.
         """
         self.look = time.monotonic() + db.LOOK
-        running = f"a poller for {self.database} is already running, one is enough"
+        running = f"a poller for {self.database} is already running"
         self.lock(db.beside(self.database, "pid"), running)
         if not self.complete:
             prepare_folder(self.folder)
         try:  # else a poller of another database could remove this one's partial downloads
-            writes = f"another poller writes to {self.folder}, give each an ORDERS_DIR of its own"
+            writes = f"another poller writes to {self.folder}: give each its own ORDERS_DIR"
             self.lock(self.folder / ".poller.pid", writes)
         except db.Busy:
             raise
@@ -394,7 +394,7 @@ class Order:
     witnessed: float = 0.0  # when this process first saw it rejected; 0: it is not rejected
     rejections: int = 0  # the rejections that count, see Poller.rejected
     suspect: bool = False  # it is one of those in the log line that GraFx rejects all orders
-    moved: float = 0.0  # when its poll or download last made progress; infinity while ON_DONE runs
+    last_progress: float = 0.0  # when its poll or download last made progress; infinity while ON_DONE runs
     alarms: int = 0  # how often its lack of progress was logged
     size: int = 0  # bytes of its file received in this poll
     download: str = ""  # the progress as text, while it is being downloaded
@@ -411,8 +411,8 @@ class Order:
 
     def progress(self, size: int, total: int | None) -> None:
         """Called by the download for each piece."""
-        self.moved = time.monotonic()
-        speed = size / max(0.001, self.moved - self.polled)
+        self.last_progress = time.monotonic()
+        speed = size / max(0.001, self.last_progress - self.polled)
         share = f"{100 * size // total}% of {chili.format_size(total)}" if total else chili.format_size(size)
         self.size, self.download = size, f"{share}, {chili.format_size(speed)}/s"
 
@@ -513,7 +513,7 @@ class Evidence:
         status, number = self.error.status, len(rejected)
         whom = {1: "the only order", 2: "both orders"}.get(number, f"all {number} orders")
         what = f"{status} without a file to {whom} ({self.error})" if status == 200 else f"{status} to {whom}"
-        said, advice = self.problem, "look at ENVIRONMENT and at the integration's permissions"
+        said, advice = self.problem, "check ENVIRONMENT and the integration's permissions"
         self.problem = f"GraFx answers {what}: {advice}"
         alarm = not self.alarmed and time.monotonic() >= self.since + ALARM
         if alarm or not said:
@@ -546,7 +546,7 @@ class Hook:
             raise HookFailed("its file was removed before ON_DONE could run")
         with tempfile.TemporaryFile() as output:  # not a pipe: its children could keep that open
             fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)  # so that it can be truncated
-            process, why = self.start(order, file, output, more), "was not seen to end"
+            process, why = self.start(order, file, output, more), "did not end"
             try:
                 why = self.wait(process, output)
             finally:  # the hook may have run, even after an exception
@@ -563,7 +563,9 @@ class Hook:
             (log if fine else retry_log).info("%s %s: %s", order.task_id, self.name, line)
         if fine:
             return
-        how = f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with {code}"
+        how = f"exited with code {code}"
+        if code < 0:
+            how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
         raise HookFailed(": ".join((f"{self.name} {why or how}", *lines[-1:])))
 
     def start(
@@ -602,7 +604,7 @@ class Hook:
             if os.fstat(output.fileno()).st_size > OUTPUT:  # only while it runs
                 output.truncate(0)
             if self.stopping and not why:
-                deadline, why = time.monotonic() + 0.8, "was ended because the poller stops"
+                deadline, why = time.monotonic() + 0.8, "was ended because the poller is stopping"
                 signal_session(process.pid, signal.SIGTERM)
             if time.monotonic() >= deadline:
                 deadline, why = time.monotonic() + 1.0, why or f"took longer than {self.timeout:g} s"
@@ -667,7 +669,7 @@ class Poller:
     def __init__(self, settings: Settings, screen: Screen) -> None:
         self.settings = settings
         self.grafx = settings.grafx()
-        self.database = db.Database(settings.database, prove=bool(settings.on_done))
+        self.database = db.Database(settings.database, check_writable=bool(settings.on_done))
         self.orders: dict[str, Order] = {}
         self.queue: list[tuple[float, str]] = []  # a heap; an entry is stale if its order's `due` differs
         self.polling: dict[Future[Any], Order | None] = {}  # None: the first token request
@@ -742,7 +744,7 @@ class Poller:
         """Write the results; apply which orders others added to the file or removed from it."""
         first = not self.database.loaded
         new, gone = self.database.sync(idle=not self.polling and self.next_due() > time.monotonic())
-        if self.database.settled:  # else it could run twice for an order not yet under "failed"
+        if self.database.failures_written:  # else it could run twice for an order not yet under "failed"
             self.on_failed.run_for_all()
         if self.once and not first:
             return
@@ -754,7 +756,7 @@ class Poller:
             del self.orders[task_id]
         if first:
             return
-        for task_ids, what in ((new, "added"), (gone, "removed from the file by somebody")):
+        for task_ids, what in ((new, "added"), (gone, "removed from the file")):
             if len(task_ids) > 5:
                 log.info("%d orders %s", len(task_ids), what)
                 continue
@@ -815,7 +817,7 @@ class Poller:
         """Let a thread poll an order, or fetch the first token (None). The result comes back in `results`."""
         if order:
             log.debug("%s polled (project %s)", order.task_id, order.project or "not given")
-            order.polled = order.moved = time.monotonic()
+            order.polled = order.last_progress = time.monotonic()
             order.due, order.alarms = NEVER, 0
         future = self.pool.submit(self.poll, order) if order else self.pool.submit(self.grafx.token.get)
         self.polling[future] = order
@@ -830,14 +832,14 @@ class Poller:
                 db.sync_folder(folder)
         except OSError as error:
             raise disk_error(folder, error) from None
-        order.download, order.moved = "", NEVER
+        order.download, order.last_progress = "", NEVER
         try:
             if file and self.hook.words:
                 if not self.database.deliveries.writable:  # else it would run again after each restart
-                    raise HookFailed("waits with ON_DONE until the list of deliveries can be written")
+                    raise HookFailed("waiting to run ON_DONE until the list of deliveries can be written")
                 self.hook.run(order, file)
         except OSError as error:  # e.g. no space for its output
-            raise HookFailed(f"ON_DONE was not seen to end well: {error}") from None
+            raise HookFailed(f"ON_DONE's exit code is not known: {error}") from None
         return file
 
     def handle_results(self, seconds: float | None = None) -> None:
@@ -1025,14 +1027,14 @@ class Poller:
         self.judge()
         unwritten = self.database.flush(10.0 if self.once else 1.0)
         for order, _ in self.on_failed.failures:
-            log.error("%s ON_FAILED was not run, since the poller stops", order.task_id)
+            log.error("%s ON_FAILED was not run, because the poller is stopping", order.task_id)
         for file in self.claim.locks.values():
             db.note(file)  # clear the status for `db.py list`
         if not self.once:
             log.info("stopped, %d pending", len(self.orders) + unwritten)
             return self.exit_code or int(unwritten > 0)
         if self.orders:
-            log.warning("%s not polled; the next run polls them", plural(len(self.orders), "order"))
+            log.warning("%s not polled; the next run will poll them", plural(len(self.orders), "order"))
         results = self.status.results
         said = ", ".join(f"{results[state]} {state}" for state in STATES if results[state])
         log.info("polled %s%s", plural(results.total(), "order"), said and f": {said}")
@@ -1082,7 +1084,7 @@ class Status:
         if version != self.states[0]:  # not at each report: there may be 20,000 orders
             self.states = version, Counter(order.state for order in poller.orders.values())
         polled = (order for order in poller.polling.values() if order and order.task_id in poller.orders)
-        busy = [order for order in polled if order.download or order.moved == NEVER]
+        busy = [order for order in polled if order.download or order.last_progress == NEVER]
         downloads = [order for order in busy if order.download]
         states = self.states[1] - Counter(order.state for order in busy)
         states += Counter({"downloading": len(downloads), WAITING: len(busy) - len(downloads)})
@@ -1106,7 +1108,7 @@ class Status:
         """Log what hangs, once as a warning and once as an error. Returns the text for the first one."""
         said = []
         for order in filter(None, orders):
-            if (silent := time.monotonic() - order.moved) >= STALLED:
+            if (silent := time.monotonic() - order.last_progress) >= STALLED:
                 since = time.strftime("%H:%M", time.localtime(time.time() - silent))
                 said.append(f"{order.task_id} has been waiting for its disk or network since {since}")
                 if order.alarms < 1 + (silent >= ALARM):
@@ -1154,7 +1156,7 @@ def check(settings: Settings) -> int:
 
     def poll() -> str:
         if not grafx.token.issued:
-            raise chili.TryAgainLater("not tried, since there is no token")
+            raise chili.TryAgainLater("not tried: there is no token")
         return chili.check_environment(grafx, pending[-1] if pending else None)
 
     steps: dict[str, Callable[[], Any]] = {

@@ -111,7 +111,7 @@ def test_a_file_system_that_refuses_a_call(home: Home, grafx: Sandbox, refused: 
     """fsync of a folder, as on a VirtualBox share; fchmod and fchown, as on CIFS or in a user's namespace."""
     tasks = [grafx.add(), grafx.add()]
     home.wait_for(*tasks)
-    home.env["ON_DONE"] = "true"  # so the list of deliveries is proven, too
+    home.env["ON_DONE"] = "true"  # so the list of deliveries is checked, too
     folders = [home.folder, home.orders] if refused == "fsync" else []
     inject = ("-o", os.devnull, "-e", f"trace={refused}", "-e", f"inject={refused}:error={error}")
     log = under_strace(home, home.command("--once", "-v"), *inject, *(f"-P{folder}" for folder in folders))

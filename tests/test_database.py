@@ -75,7 +75,7 @@ def test_the_last_write_waits_for_an_editor_that_saves_and_for_a_lock(
     monkeypatch.setattr(db, "SAVING", 60.0)  # the timers may be late
     path = tmp_path / "database.json"
     path.write_text(whole := '{"orders": ["a", "b"]}')
-    database = db.Database(path, prove=False)
+    database = db.Database(path, check_writable=False)
     database.sync()
     path.write_text(whole[:12])
     database.failed("a", 500, "No such item")

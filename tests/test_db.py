@@ -292,7 +292,7 @@ def all_there_is(path: Path, task_id: str) -> None:
     """Be the only poller, add an order, deliver it, have it again."""
     with db.hold(db.beside(path, "pid"), 0, "busy"):
         assert db.add_order(task_id, path=path)
-        database = db.Database(path, prove=True)
+        database = db.Database(path, check_writable=True)
         database.sync()
         database.delivered(task_id, f"{task_id}.png")
         assert not database.flush(10.0)
@@ -375,7 +375,7 @@ def test_db_py_lists_orders_in_a_table_and_the_last_delivery(home: Home) -> None
     assert [B, "p2", when] in rows
     assert [A, "p", when, "500", "Invalid value"] in rows
     assert ["f1", "p3", when, "404", "Not Found"] in rows
-    assert 'not an order, left alone: ["no id", {}]' in said
+    assert 'ignored, since it is not an order: ["no id", {}]' in said
     assert said.splitlines()[-2] == "2 delivered in the last 24 hours"
     assert re.fullmatch(rf"last delivery: {UTC} {re.escape(C)} {re.escape(C)}\.png", said.splitlines()[-1])
 

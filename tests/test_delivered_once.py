@@ -18,7 +18,7 @@ from test_on_done import ENDED, HELD, Desk
 import db
 
 AGAIN = r"(?:was|were) (?:re-added although delivered; removed again|delivered before; removed)\n"
-WAITS = "waits with ON_DONE until the list of deliveries can be written; retrying in"
+WAITS = "waiting to run ON_DONE until the list of deliveries can be written; retrying in"
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_without_the_list_it_works_and_says_so_once(desk: Desk) -> None:
         desk.removed()
         assert desk.runs() == {first: 2, second: 1}
     assert running.stop() == 0
-    said = f"{desk.list} was taken away: what was delivered before counts as not delivered"
+    said = f"{desk.list} was removed: earlier deliveries are no longer known"
     assert running.log().count(str(desk.list)) == running.log().count(said) == 1
     assert desk.downloads() == {first: 1, second: 1}  # its file was in orders
     assert listed(desk) == {first: 1}

@@ -40,8 +40,8 @@ def unproven(status: int, reason: str = ".*ordered by a test.*") -> str:
 
 
 NO_LINK = unproven(200, "GraFx says finished, but gives no download link")
-NO_IMAGE = unproven(200, "the file says application/json but is something else")
-CUT = failed(200, "the PNG has no end")
+NO_IMAGE = unproven(200, "Content-Type is application/json, but the file is something else")
+CUT = failed(200, "the PNG is truncated")
 FINAL = "failed: 410 no longer available: GraFx keeps a file for 4 hours"
 PLAIN = {"body": PAGE, "content_type": "text/html"}
 JSON_REJECTION = {"body": b'{"error": "access_denied", "error_description": "Unauthorized"}'}
@@ -68,7 +68,7 @@ FAULTS: list[tuple[str, str, dict[str, Any], str, str, str]] = [
     ("500, ASP.NET's own", "500-aspnet", {}, WAITS, WAITS, WAITS),
     ("500 in HTML", "500-plain", {}, WAITS, WAITS, WAITS),
     ("503", "status-503", {}, WAITS, WAITS, WAITS),
-    ("HTML with 200", "html", {}, NO_LINK, unproven(200, "the file says text/html .*"), WAITS),
+    ("HTML with 200", "html", {}, NO_LINK, unproven(200, "Content-Type is text/html, .*"), WAITS),
     ("half of the body", "cut", {}, NO_LINK, CUT, WAITS),
     ("another task's answer", "other-task", {}, WAITS, NO_IMAGE, WAITS),
     ("no link, but the task", "no-link", {}, FINE, NO_IMAGE, WAITS),
@@ -81,7 +81,7 @@ FAULTS: list[tuple[str, str, dict[str, Any], str, str, str]] = [
     ("gzip", "gzip", {}, FINE, FINE, FINE),
     ("half of a gzip", "gzip-cut", {}, WAITS, WAITS, WAITS),
     ("an unknown coding", "coding", SORRY, WAITS, WAITS, WAITS),
-    ("wrong Content-Type", "wrong-type", {}, FINE, failed(200, "the file says image/jpeg but is png"), FINE),
+    ("wrong Content-Type", "wrong-type", {}, FINE, failed(200, ".*image/jpeg, but the file is png"), FINE),
     ("application/octet-stream", "octet", {}, FINE, FINE, FINE),
     ("empty body", "empty", {}, NO_LINK, unproven(200, "the file is empty"), WAITS),
     ("64 MiB of JSON", "huge", {}, NO_LINK, NO_IMAGE, WAITS),

@@ -71,7 +71,7 @@ def test_a_folder_in_a_files_place_delays_only_its_order(home: Home) -> None:
     with daemon(home, 1) as running:
         eventually(lambda: list(home.waiting()) == [blocked])
         eventually(lambda: len(home.grafx.asked("task", blocked)) > 3)
-        assert f"{place} is a folder, where the file belongs: move it away" in running.log()
+        assert f"{place} is a folder where the file should be: move it away" in running.log()
         assert "paused" not in running.log()
         place.rmdir()
         eventually(lambda: not home.waiting())

@@ -183,7 +183,7 @@ def test_its_last_lines_are_logged_and_the_very_last_is_the_reason(desk: Desk) -
         f'echo "<END>" >&2; printf "no  paper, $(cat $FOLDER/secret)"; {GO} || kill -KILL $$'
     )
     running = home.start(before=QUICK)
-    reason = r"ON_DONE was ended by signal 9 \(Killed.*\): no paper, \[secret\]"
+    reason = r"ON_DONE was killed by signal 9 \(Killed.*\): no paper, \[secret\]"
     running.says(f"WARNING {task_id} {reason}; retrying in")
     eventually(lambda: re.search(f"the poller says: 1 order: {reason}\n", home.db("list").stdout))
     desk.go(task_id)
@@ -285,7 +285,7 @@ def test_readme_an_http_upload(home: Home) -> None:
     find_program("curl", "curl")
     task_id = home.grafx.add("pdf", size=300_000)
     line = re.sub("https://[a-z.]+(?=/inbox/)", home.grafx.base_url, UPLOAD)
-    for status, code, says in ((507, 1, r"ON_DONE ended with \d+: curl: .*507"), (201, 0, "delivered to")):
+    for status, code, says in ((507, 1, r"ON_DONE exited with .*: curl: .*507"), (201, 0, "delivered to")):
         home.grafx.fault("other", f"status-{status}", body=b"")
         assert re.search(f"{task_id} {says}", deliver(home, line, task_id, code))
         (sent,) = home.grafx.asked("other")[code - 1 :]

@@ -26,7 +26,7 @@ def test_it_is_told_once_what_failed_and_why(home: Home) -> None:
     hook = f"sh -c '{told}; echo no mail; exit 3'"
     poller = home.start(before=QUICK, ON_FAILED=hook, GIVE_UP_AFTER="0")
     for task in (failed, expired):
-        poller.says(f"ERROR   {task} ON_FAILED ended with 3: no mail; it is not run again")
+        poller.says(f"ERROR   {task} ON_FAILED exited with code 3: no mail; it is not run again")
     assert poller.stop() == 0
     records = home.failed()
     assert records.keys() == {failed, expired}

@@ -137,7 +137,7 @@ def test_once_during_an_outage_fails_no_order_and_says_at_its_end_what_it_is(hom
     ended = home.run("--once", before="poller.MINUTE, poller.ALARM = 0.02, 0.04", GIVE_UP_AFTER="0")
     assert ended.process.returncode == 1
     (said,) = re.findall("(?:WARNING|ERROR) .*GraFx answers.*", ended.log())
-    assert "GraFx answers 404 to all 20 orders: look at ENVIRONMENT and at the integr" in said
+    assert "GraFx answers 404 to all 20 orders: check ENVIRONMENT and the integr" in said
     assert (home.failed(), len(failing(home))) == ({}, 20)
     home.grafx.clear_faults()
     assert home.run("--once").process.returncode == 0
@@ -199,7 +199,7 @@ def test_a_page_for_all_orders_fails_none(home: Home) -> None:
     text = "GraFx answers (404|200 without a file) to (all 3 orders|both orders|the only order)"
     for scene, one, daemon, tasks in cases:
         for level in ("WARNING", "ERROR  "):
-            daemon.says(rf" {level} {text}.*: look at ENVIRONMENT and at the integration's permissions\n")
+            daemon.says(rf" {level} {text}.*: check ENVIRONMENT and the integration's permissions\n")
         eventually(lambda one=one, tasks=tasks: set(one.waiting()) == {*tasks})
         assert (scene, one.failed(), set(failing(one))) == (scene, {}, {*tasks})
     grafx.clear_faults()
@@ -287,7 +287,7 @@ def test_neither_an_outage_nor_its_hook_is_an_old_orders_trouble(home: Home) -> 
     home.wait_for(here, added=utc(-8 * DAY))
     hook = f"sh -c 'echo x >>{ran}; test -e {mended}' sh"
     daemon = home.start(before=QUICK, GIVE_UP_AFTER="0", POLL_INTERVAL="0.1", ON_DONE=hook)
-    daemon.says(f"{here} ON_DONE ended with 1")
+    daemon.says(f"{here} ON_DONE exited with code 1")
     grafx.fault("token", "status-503", times=None)
     grafx.revoke()
     home.wait_for(here, later, added=utc(-8 * DAY))
@@ -306,11 +306,11 @@ def test_neither_an_outage_nor_its_hook_is_an_old_orders_trouble(home: Home) -> 
     [
         # Without an order, a task that cannot exist.
         (False, "", {}, "only the first order shows whether ENVIRONMENT is right"),
-        (False, "status-404", HTML, "404 Not Found: not in GraFx's own words"),
+        (False, "status-404", HTML, "404 Not Found: no reason given"),
         (False, "redirect-away", {}, "redirects to"),
         # Else the last order.
-        (True, "500-aspnet", {}, "Look at BASEURL and ENVIRONMENT"),
-        (True, "status-404", {}, "Look at BASEURL and ENVIRONMENT"),
+        (True, "500-aspnet", {}, "Check BASEURL, ENVIRONMENT"),
+        (True, "status-404", {}, "Check BASEURL, ENVIRONMENT"),
     ],
 )
 def test_check_polls_the_last_order_or_a_task_that_cannot_exist(

@@ -103,7 +103,7 @@ def test_who_cannot_be_delivered_is_said_also_in_letters_that_are_wide(
     home.wait_for(home.grafx.add("never"), home.grafx.add())
     on_done = f"sh -c 'echo {'没有纸' * 5}; exit 1'"
     terminal.start("poller.SHORTEST_PAUSE = 60; db.LOOK = 0.1", POLL_INTERVAL="60", ON_DONE=on_done)
-    retry, letters = r"1 order, retry in \d+ s: ON_DONE ended with 1: ", "(没 ?|有 ?|纸 ?)+"
+    retry, letters = r"1 order, retry in \d+ s: ON_DONE exited with code 1: ", "(没 ?|有 ?|纸 ?)+"
     terminal.shows(rf"{retry}{letters}\| 1 rendering, 1 waiting for ON_DONE.*")
     terminal.resize(60)
     for _ in range(2):  # a line of the log, and so a new live line

@@ -143,9 +143,9 @@ def test_a_setting_in_env_that_cannot_be_read_is_an_error(app: Path) -> None:
 
 def test_a_line_of_env_that_may_be_meant_for_the_poller_is_a_warning(app: Path) -> None:
     lines = {
-        'GREETING="hush-hush" to all': "cannot be parsed, and has no effect",
-        "ONDONE=hush-hush": "ONDONE is no setting, and has no effect: is it ON_DONE?",
-        "concurrency=9": "concurrency is no setting, and has no effect: is it CONCURRENCY?",
+        'GREETING="hush-hush" to all': "cannot be parsed, so it is ignored",
+        "ONDONE=hush-hush": "unknown setting ONDONE is ignored; did you mean ON_DONE?",
+        "concurrency=9": "unknown setting concurrency is ignored; did you mean CONCURRENCY?",
     }
     (app / ".env").write_text("\n".join((COMPLETE, *lines)))
     ended = run(app, "poller.py", "--check")

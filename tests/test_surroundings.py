@@ -169,7 +169,7 @@ def test_a_lock_file_that_was_removed_is_made_anew(home: Home) -> None:
         eventually(lock.exists)
     second = home.run()
     assert second.process.returncode == 1
-    assert re.search(f"already running, .*process {first.process.pid} ", second.log())
+    assert re.search(rf"already running \(process {first.process.pid} ", second.log())
     with other.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         other.rename(place)
@@ -288,7 +288,7 @@ def test_a_proxy_that_wants_a_password_says_so(home: Home, wire: Callable[..., L
     secret = proxy.url.replace("//", "//me:pa55word@")
     poller = home.start(before=QUICK, BASEURL="https://grafx.example", TOKEN_URL="https://login.example/t",
                         HTTPS_PROXY=secret)  # fmt: skip
-    poller.says("paused: .*the proxy 127.0.0.1:\\d+ wants a user and a password")
+    poller.says("paused: .*the proxy 127.0.0.1:\\d+ requires a user name and a password")
     assert "pa55word" not in poller.log()
 
 

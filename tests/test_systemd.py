@@ -72,11 +72,11 @@ def test_the_journal_gets_levels_and_anything_else_times(home: Home, grafx: Sand
     lines = home.run("--once", "-v", before=fails, JOURNAL_STREAM=stream).log().splitlines()
     assert not [line for line in lines if re.match(rf"(?!<[3-7]>)|<.>({TIME}|DEBUG|INFO|WARN|ERR)", line)]
     errors = dict.fromkeys(("unexpected error,", "Traceback", '  File "', "KeyError: "), "<3>")
-    for words, level in (errors | {"left alone": "<4>", "polled 1 order": "<6>", " polled (": "<7>"}).items():
+    for words, level in (errors | {"an entry": "<4>", "polled 1 order": "<6>", " polled (": "<7>"}).items():
         assert {line[:3] for line in lines if words in line} == {level}, words
     lines = home.run("--once", JOURNAL_STREAM=stream).log().splitlines()
     assert not [line for line in lines if line.startswith("<")]
-    assert re.match(f"{TIME} WARNING ", next(line for line in lines if "left alone" in line))
+    assert re.match(f"{TIME} WARNING ", next(line for line in lines if "an entry" in line))
 
 
 def test_a_secret_file_that_is_missing_or_empty_is_named(home: Home) -> None:
@@ -475,7 +475,7 @@ def test_the_lines_that_on_done_needs(machine: Machine) -> None:
     machine.configure("Environment=ON_DONE='cp {} /srv/dam/inbox'")
     machine.systemctl("start")
     machine.add(task := machine.grafx.add())
-    machine.says(f"^{task} ON_DONE ended with 1: .*Read-only file system")
+    machine.says(f"^{task} ON_DONE exited with code 1: .*Read-only file system")
     machine.run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/srv/dam")
     machine.run("install", "-d", "-o", "dam", "-g", "dam", "-m", "2775", "/srv/dam/inbox")
     machine.delivers(task)

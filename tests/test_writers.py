@@ -189,7 +189,7 @@ def problem(raw: bytes) -> str:
         failed = {task_id: record for task_id, record in store.failed.items() if db.is_task_id(task_id)}
         assert sorted(db.retry_orders(path=path)) == sorted(failed)
         now = db.read(path)
-        assert (now.orders.keys(), now.strange) == (store.orders.keys() | failed.keys(), store.strange)
+        assert (now.orders.keys(), now.invalid) == (store.orders.keys() | failed.keys(), store.invalid)
         assert now.failed.keys() == store.failed.keys() - failed.keys()
         for task_id, record in failed.items():
             own = {key: value for key, value in record.items() if key not in (*db.RECORD, "taskID")}
@@ -202,7 +202,7 @@ def problem(raw: bytes) -> str:
         assert db.get_orders(path) == now.orders
         end_orders(list(now.orders), {}, path)
         last = db.read(path)
-        assert (last.orders, last.strange, last.failed) == ({}, store.strange, now.failed)
+        assert (last.orders, last.invalid, last.failed) == ({}, store.invalid, now.failed)
         return ""
 
 
@@ -235,7 +235,7 @@ ODD = {
     "two": (WHOLE * 2, "line 6, column 1: Extra data"),
     "UTF-16": (WHOLE.decode().encode("utf-16"), "byte 1 is not UTF-8"),
     "comma": (b'{"orders": ["a",\n]}', "line 2, column 1"),
-    "key twice": (b'{"orders": {"a": {"n": [{"k": 1, "k": 1}]}}}', '"k" stands twice in one object'),
+    "key twice": (b'{"orders": {"a": {"n": [{"k": 1, "k": 1}]}}}', 'duplicate key "k" in one object'),
     "deep": (b'{"orders": ' * 100_000, "it is nested too deeply"),
     "failed": (b'{"orders": {}, "failed": []}', '"failing" and "failed"'),
     "orders": (b'{"orders": 5}', '"orders" must be'),
