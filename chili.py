@@ -256,16 +256,24 @@ def retry_after(response: requests.Response) -> float | None:
     return None
 
 
+def _words(problem: dict[str, Any]) -> str:
+    """What GraFx says in an error's JSON (RFC 9457); empty if it says nothing."""
+    return ": ".join(sanitize(problem[key]) for key in ("title", "detail") if problem.get(key))
+
+
+def _is_own_reason(status: int, said: str) -> bool:
+    """Whether GraFx gives a reason for this task. A 403 or 404 may concern all tasks, even with a reason."""
+    return status in (400, 422, 500) and said != "" and not said.startswith(ASP_NET)
+
+
 def error_for(response: requests.Response, who: str, prefix: str = "") -> TaskRejected | TryAgainLater:
     """The error to raise for an unusable answer. Itself raises TryAgainLater if the body cannot be read."""
     status, plainly = response.status_code, f"{prefix}{who} answered {_status(response)}"
     pause = retry_after(response) if who == GRAFX else None
     if status in (407, 408, 425) or not (status in (202, 204, 500) or 400 <= status < 500):
         return NotUnderstood(plainly, retry_after=pause)
-    problem = read_json(response)  # RFC 9457
-    said = ": ".join(sanitize(problem[key]) for key in ("title", "detail") if problem.get(key))
-    # GraFx gives a reason for this task. A 403 or 404 may concern all tasks, even if it gives a reason.
-    own_reason = status in (400, 422, 500) and who == GRAFX and said != "" and not said.startswith(ASP_NET)
+    said = _words(read_json(response))
+    own_reason = who == GRAFX and _is_own_reason(status, said)
     if status in (202, 204, 401, 429) or (status == 500 and not own_reason):
         return TryAgainLater(plainly, retry_after=pause)
     return TaskRejected(prefix + said if said else plainly, status, own_reason)
@@ -487,12 +495,12 @@ def check_environment(grafx: GraFx, task_id: str | None) -> str:
         host = urlsplit(str(response.url)).hostname
         raise TryAgainLater(f"{grafx.base_url} redirects to {host}: check BASEURL")
     about = f" about {task_id}" if task_id else ""
-    own = status in (400, 422, 500) and task_id and said and not str(said.get("title")).startswith(ASP_NET)
-    if own or status in (202, 204) or (status == 200 and said):
+    rejected = task_id and _is_own_reason(status, _words(said))  # the order's own matter
+    if rejected or status in (202, 204) or (status == 200 and said):
         return f"{grafx.base_url} answers{about}"
     if status == 404 and said and not task_id:
         return f"{grafx.base_url} answers; only the first order shows whether ENVIRONMENT is right"
-    words = sanitize(said.get("detail") or said.get("title") or "no reason given").rstrip(".")
+    words = _words(said).rstrip(".") or "no reason given"
     raise TryAgainLater(
         f"{grafx.base_url} answered {_status(response)}{about}: {words}."
         " Check BASEURL, ENVIRONMENT and the integration's permissions."

@@ -774,8 +774,9 @@ class Poller:
         order = Order(task_id, project, epoch(fields.get("added")), now, handled=now)
         if record := self.database.failing.get(task_id):
             # `since` may be missing, or in the future if the clock was set back: then it counts from now.
-            order.state = "rejected"
-            order.rejected_since = min(now, now - time.time() + epoch(record.get("since")))
+            order.state, since = "rejected", epoch(record.get("since"))
+            order.added = min(order.added, since)  # if the file does not say when it was added
+            order.rejected_since = min(now, now - time.time() + since)
             times = record.get("times")
             # The daemon starts the count again, since it does not write each rejection to the file.
             order.rejections = times if self.once and isinstance(times, int) else 0

@@ -45,17 +45,18 @@ def test_each_of_many_retries_is_noticed_and_none_is_called_readded(home: Home) 
 
 
 def test_a_lock_that_another_has_is_an_error_only_after_a_while(home: Home) -> None:
-    first, typed = home.grafx.add(), home.grafx.add("never")
+    first, typed, slow = home.grafx.add(), home.grafx.add("never"), home.grafx.add()
+    home.grafx.fault("task", "hang", task_id=slow)  # so that a poll is always under way
     home.wait_for(first)
     # SIGUSR1 stands for the end of its patience.
-    end = "import signal; signal.signal(signal.SIGUSR1, lambda *_: setattr(db, 'PATIENCE', 0.0))"
+    end = "import signal; signal.signal(signal.SIGUSR1, lambda *_: setattr(db, 'PATIENCE', 0.5))"
     busy = f"is being written by another program, try again .process {os.getpid()} has locked "
     with db.lock(home.database, 10) as held:
         db.note(held)
-        poller = home.start(before=f"{QUICK}; db.PATIENCE = 600.0; {end}")
+        poller = home.start(before=f"{QUICK}; db.LOOK = 0.3; db.PATIENCE = 600.0; {end}")
         poller.says(f"{first} delivered")
-        home.wait_for(first, typed)  # an editor knows of no lock
-        eventually(lambda: home.grafx.asked("task", typed))
+        home.wait_for(first, typed, slow)  # an editor knows of no lock
+        eventually(lambda: home.grafx.asked("task", typed) and home.grafx.asked("task", slow))
         assert first in home.waiting()
         assert "ERROR" not in poller.log()
         poller.process.send_signal(signal.SIGUSR1)
@@ -63,7 +64,7 @@ def test_a_lock_that_another_has_is_an_error_only_after_a_while(home: Home) -> N
         asked = len(home.grafx.asked("task", typed))
         eventually(lambda: len(home.grafx.asked("task", typed)) > asked + 1)
     poller.says(f"recovered: {home.database} {busy}")
-    eventually(lambda: list(home.waiting()) == [typed])
+    eventually(lambda: list(home.waiting()) == [typed, slow])
     assert poller.stop() == 0
     assert poller.log().count("ERROR") == 1
     assert len(home.grafx.asked("download")) == 1
