@@ -9,6 +9,7 @@ from pathlib import Path
 
 from conftest import QUICK, Home, eventually
 from test_on_done import is_alive
+from test_rejections import DAY, utc
 
 import db
 
@@ -57,7 +58,7 @@ def test_it_runs_when_the_file_has_the_failure_and_not_again_after_a_kill(home: 
 def test_once_runs_it_for_what_is_judged_at_the_end(home: Home) -> None:
     """A 404 counts by the other file of the same run."""
     said, dead, fine = home.folder / "said", "unknown", home.grafx.add()
-    record = {"status": 404, "error": "no", "since": "2026-01-01T00:00:00Z", "times": 30}
+    record = {"status": 404, "error": "no", "since": utc(-DAY), "times": 30}
     home.write({"orders": {dead: {}, fine: {}}, "failing": {dead: record}, "failed": {}})
     assert home.run("--once", ON_FAILED=f"sh -c 'echo $TASK_ID >>{said}'").process.returncode == 1
     assert lines(said) == list(home.failed()) == [dead]
