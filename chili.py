@@ -215,12 +215,13 @@ def pieces(response: requests.Response) -> Iterator[bytes]:
     try:
         start = [raw.read(2)]
 
-        def read(size: int) -> bytes:
-            return start.pop() if start else raw.read1(size)  # returns what has arrived
+        def arrived(size: int) -> bytes:
+            return start.pop() if start else raw.read1(size)
 
+        read = arrived
         if coding(response) == "gzip" and start[0] == b"\x1f\x8b":
             # Not decoded by urllib3, which accepts a truncated stream.
-            source: Any = SimpleNamespace(read=read)
+            source: Any = SimpleNamespace(read=arrived)
             read, total = gzip.GzipFile(fileobj=source).read1, None
         while piece := read(64 * 1024):
             yield piece
@@ -270,7 +271,7 @@ def error_for(response: requests.Response, who: str, prefix: str = "") -> TaskRe
     """The error to raise for an unusable answer. Itself raises TryAgainLater if the body cannot be read."""
     status, plainly = response.status_code, f"{prefix}{who} answered {_status(response)}"
     pause = retry_after(response) if who == GRAFX else None
-    if status in (407, 408, 425) or not (status in (202, 204, 500) or 400 <= status < 500):
+    if status in (407, 408, 425) or (status not in (202, 204, 500) and not 400 <= status < 500):
         return NotUnderstood(plainly, retry_after=pause)
     said = _words(read_json(response))
     own_reason = who == GRAFX and _is_own_reason(status, said)
@@ -295,7 +296,7 @@ class Pace:
         self._next = self._slowed = 0.0  # monotonic: when the next request may be sent; the last slowdown
 
     def wait(self) -> float:
-        """Wait for this thread's turn. Returns when it began to wait, in monotonic seconds."""
+        """Wait for this thread's turn. Returns the time at which the wait began, in monotonic seconds."""
         with self._lock:
             now = time.monotonic()
             turn = max(now, self._next)
@@ -349,13 +350,15 @@ class DangerousToken(AuthBase):
         """The Authorization header. Raises TryAgainLater, CredentialsRejected."""
         began = time.monotonic()
         if began >= self._renew:
-            if not self._lock.acquire(timeout=2 * sum(TIMEOUT)):
+            valid = began < self._ends  # then only one thread waits for the new token
+            if self._lock.acquire(timeout=0 if valid else 2 * sum(TIMEOUT)):
+                try:
+                    if began >= self._renew:  # else another thread has just tried
+                        self._fetch()
+                finally:
+                    self._lock.release()
+            elif not valid:
                 raise TryAgainLater(f"no token: {self.url} has not answered yet", shared=True)
-            try:
-                if began >= self._renew:  # else another thread has just tried
-                    self._fetch()
-            finally:
-                self._lock.release()
         if isinstance(result := self._result, TryAgainLater):
             raise result
         return result

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Home, Relay, Wire
+from conftest import Home, Relay, Wire, eventually
 from sandbox import PAGE, TYPES, Answer, Request, Sandbox, skipped
 
 import chili
@@ -234,13 +234,19 @@ def test_a_401_renews_the_token_and_repeats_the_request_but_once_a_minute(
 
 
 def test_a_renewal_that_fails_holds_up_nobody_while_the_old_token_is_good(poll: Client) -> None:
-    """And it is tried once a minute."""
+    """And it is tried once a minute. While the token server does not answer, one thread waits for it."""
     task = poll.grafx.add("never")
     assert poll(task) is None
-    poll.grafx.fault("token", "status-429", times=None)
+    poll.grafx.fault("token", "status-429")
     poll.environment.token._renew = 0.0  # as in its last minutes
     assert [poll(task), poll(task)] == [None, None]
     assert [request.status for request in poll.grafx.asked("token")] == [200, 429]
+    poll.grafx.fault("token", "hang")
+    poll.environment.token._renew = 0.0
+    waits = ThreadPoolExecutor(1).submit(poll, task)  # until the sandbox stops
+    eventually(lambda: len(poll.grafx.asked("token")) == 3)
+    assert poll(task) is None
+    assert not waits.done()
 
 
 @pytest.mark.parametrize(
