@@ -18,7 +18,6 @@ import functools
 import grp
 import json
 import logging
-import math
 import os
 import pwd
 import re
@@ -113,15 +112,15 @@ def advice(error: OSError, place: Path) -> str:
     """What to do about a file that cannot be created, locked, read or written."""
     known = {
         errno.ENOENT: "Make the folder.",
-        errno.EISDIR: "It is a folder: put a file in its place.",
+        errno.EISDIR: "It is a folder: replace it with a file.",
         errno.EROFS: "Mount its file system for writing.",
         errno.EBUSY: "It is mounted as a single file: mount its folder.",
         errno.EFBIG: "Raise the limit (ulimit -f).",
-        errno.ELOOP: "It is a symbolic link: put a file in its place.",
+        errno.ELOOP: "It is a symbolic link: replace it with a file.",
         errno.ENOSPC: "Make room.",
         errno.EDQUOT: "Make room.",
-        errno.ENOTDIR: "Make it a folder.",
-        errno.EEXIST: "Make it a folder.",
+        errno.ENOTDIR: "It must be a folder.",
+        errno.EEXIST: "It must be a folder.",
         errno.EMFILE: "Raise the limit (ulimit -n).",
         errno.ENFILE: "Raise the limit (ulimit -n).",
         **dict.fromkeys(UNSUPPORTED, "Its file system has no locks: use another one."),
@@ -182,7 +181,6 @@ class Store:
         self.data, self.items, self.changed = data, items, False
         self.orders: dict[str, Fields] = {}
         self.ids: dict[str, str] = {}  # `key` of an order to its id in `orders`, in its first spelling
-        self.duplicates: list[str] = []  # duplicates of these orders, spelled differently
         self.invalid: list[str] = []  # entries that are not orders, each on one line
         for item in items.items() if isinstance(items, dict) else items:
             task_id, fields = _entry(item)
@@ -190,8 +188,6 @@ class Store:
                 self.invalid.append(json.dumps(item, ensure_ascii=False))
             else:
                 first = self.ids.setdefault(key(task_id), task_id)
-                if first != task_id:
-                    self.duplicates.append(task_id)
                 twice = self.orders.get(first)
                 self.orders[first] = fields | twice if twice else fields
 
@@ -208,7 +204,8 @@ class Store:
     def put(self, task_id: str, fields: Fields, new: bool = False) -> None:
         """Add an order, in the same shape as the others. new: record the current time as `added`."""
         items = self.items
-        bare = not fields and isinstance(items, list) and isinstance((items or [None])[-1], str)
+        last = items[-1] if isinstance(items, list) and items else None
+        bare = isinstance(last, str) and not fields
         if new and not bare:
             fields = {**fields, "added": stamp()}
         self.orders[task_id], self.ids[key(task_id)], self.changed = fields, task_id, True
@@ -222,26 +219,22 @@ class Store:
         else:
             items.append({"taskID": task_id, **fields})
 
-    def named(self, task_ids: Iterable[str]) -> set[str]:
-        """Those of these orders that are pending, as spelled in the file."""
-        return {self.ids[name] for name in self.ids.keys() & map(key, task_ids)}
-
     def take(self, task_ids: Iterable[str]) -> None:
-        """Remove pending orders, and their records under "failing" and "failed"."""
-        gone = self.named(task_ids)
-        same = {key(task_id) for task_id in gone}
-        for records in (self.data.get("failing", {}), self.data.get("failed", {})):
-            for task_id in [name for name in records if key(name) in same]:
-                del records[task_id]
-        for task_id in gone:
-            del self.orders[task_id], self.ids[key(task_id)]
-        both = gone | {other for other in self.duplicates if key(other) not in self.ids}
+        """Remove pending orders, in each spelling, and their records under "failing" and "failed"."""
+        gone = self.ids.keys() & map(key, task_ids)
+        if not gone:
+            return
+        for same in gone:
+            del self.orders[self.ids.pop(same)]
+        places = [self.data.get("failing", {}), self.data.get("failed", {})]
         if isinstance(self.items, dict):
-            for task_id in both:
-                self.items.pop(task_id, None)
-        elif gone:
-            self.items[:] = [item for item in self.items if _entry(item)[0] not in both]
-        self.changed = self.changed or bool(gone)
+            places.append(self.items)
+        else:
+            self.items[:] = [item for item in self.items if key(_entry(item)[0] or "") not in gone]
+        for place in places:
+            for name in [name for name in place if key(name) in gone]:
+                del place[name]
+        self.changed = True
 
     def fail(self, failures: Mapping[str, tuple[int | None, str]]) -> None:
         """Move pending orders to "failed", with the HTTP status and the error text."""
@@ -259,7 +252,7 @@ class Store:
     def retry(self, task_id: str) -> None:
         """Make a failed order pending again, with all of its own fields."""
         record = self.data["failed"].pop(task_id)
-        fields = {key: value for key, value in record.items() if key not in RECORD[:3]}
+        fields = {name: value for name, value in record.items() if name not in RECORD[:3]}
         own = fields.get("order")
         if isinstance(own, dict) and own and own.keys() <= set(RECORD):  # moved there by `fail`
             del fields["order"]
@@ -272,7 +265,7 @@ class Store:
         """Replace the records under "failing". Entries that are not objects stay: a person typed them."""
         if self.failing != records:
             entries = self.data.get("failing", {})
-            typed = {key: value for key, value in entries.items() if not isinstance(value, dict)}
+            typed = {name: value for name, value in entries.items() if not isinstance(value, dict)}
             self.data["failing"], self.changed = typed | records, True
 
     def text(self) -> bytes:
@@ -284,7 +277,7 @@ class Store:
 
 
 def _records(entries: Fields) -> dict[str, Fields]:
-    return {key: value for key, value in entries.items() if isinstance(value, dict)}
+    return {name: value for name, value in entries.items() if isinstance(value, dict)}
 
 
 def _entry(item: Any) -> tuple[str | None, Fields]:
@@ -302,7 +295,7 @@ def _entry(item: Any) -> tuple[str | None, Fields]:
     if not isinstance(fields, dict):
         fields = {} if fields is None else {"order": fields}
     if fields.get("taskID") == task_id:  # it only repeats the id
-        fields = {key: value for key, value in fields.items() if key != "taskID"}
+        fields = {name: value for name, value in fields.items() if name != "taskID"}
     return (task_id, fields) if is_task_id(task_id) else (None, {})
 
 
@@ -317,8 +310,8 @@ def _parse(raw: bytes) -> Store:
         raise ValueError(f"byte {error.start + 1} is not UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
-    for key in ("failing", "failed"):
-        if not isinstance(data, dict) or not isinstance(data.get(key, {}), dict):
+    for name in ("failing", "failed"):
+        if not isinstance(data, dict) or not isinstance(data.get(name, {}), dict):
             raise ValueError('it must be an object, and so must its "failing" and "failed"')
     return Store(data)
 
@@ -326,7 +319,7 @@ def _parse(raw: bytes) -> Store:
 def _unique(pairs: list[tuple[str, Any]]) -> Fields:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"duplicate key {json.dumps(twice)} in one object")
     return found
 
@@ -392,17 +385,17 @@ class File:
             self.seen, self.since, self.problem = seen, time.monotonic(), ""
 
 
-def change(file: File, edit: Callable[[Store], None], patience: float) -> Store:
+def change(file: File, edit: Callable[[Store], None]) -> Store:
     """The only way to change the file: lock, read, `edit`, write a new one, rename it over the old one.
 
     Returns the new content. If `edit` changes nothing, nothing is written. `edit` is called again if an
-    editor saved the file meanwhile. patience: seconds to wait for the lock.
+    editor saved the file meanwhile. Raises DatabaseError; Busy if it may help to try again.
     """
-    with lock(file.path, patience) as held:
-        if file.path.exists():
-            note(held)  # only then: a note in the lock file shows that there was a database
+    with lock(file.path) as held:
         while True:
             store = file.read()
+            if file.existed:  # only then: a note in the lock file shows that there was a database
+                note(held)
             edit(store)
             if not store.changed:
                 return store
@@ -410,7 +403,9 @@ def change(file: File, edit: Callable[[Store], None], patience: float) -> Store:
             try:
                 written = _replace(file.path, store.text(), seen)
             except (ValueError, RecursionError) as error:
-                raise DatabaseError(f"{file.path}: {error}. Fix it.") from None
+                raise DatabaseError(
+                    f"{file.path} cannot be saved as JSON: {error}. Fix that entry."
+                ) from None
             if written:
                 note(held)
                 file.seen, file.existed = written, True
@@ -421,10 +416,10 @@ def _replace(path: Path, content: bytes, seen: Version) -> Version:
     """Replace `path` atomically; returns None if it has changed since `seen`. Raises DatabaseError."""
     temp = path.with_name(f".{path.name.removeprefix('.')}.tmp")  # a fixed name: kills leave at most one
     try:
-        old = path.stat() if seen else None
-    except FileNotFoundError:  # some editors rename a file away before they write the new one
-        return None
-    try:
+        try:
+            old = path.stat() if seen else None
+        except FileNotFoundError:  # some editors rename a file away before they write the new one
+            return None
         temp.unlink(missing_ok=True)
         with os.fdopen(_create(temp, old), "wb") as file:
             fd = file.fileno()
@@ -490,12 +485,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def _patiently(step: Callable[[], Given], patience: float) -> Given:
-    """Return `step()`; retry for `patience` seconds while an editor saves the file or the lock is taken."""
+    """Return `step()`; retry for `patience` seconds while it raises Busy."""
     deadline = time.monotonic() + patience
     while True:
         try:
             return step()
-        except (Busy, BlockingIOError):
+        except Busy:
             if time.monotonic() >= deadline:
                 raise
         time.sleep(0.01)
@@ -506,16 +501,16 @@ def read(path: Path) -> Store:
     return _patiently(File(path).read, PATIENCE)
 
 
-def hold(place: Path, patience: float, busy: str) -> TextIO:
+def hold(place: Path, busy: str) -> TextIO:
     """Lock this file, which is never replaced; create it if it is missing.
 
-    The kernel releases the lock however the process ends. patience: seconds to wait; then raises Busy with
-    the text `busy` and the process that has the lock. Raises DatabaseError.
+    The kernel releases the lock however the process ends. Raises DatabaseError; if another process has the
+    lock, Busy with the text `busy` and that process.
     """
     try:
         while True:
             file = os.fdopen(_open(place), "r+")
-            _patiently(functools.partial(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB), patience)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_at(file, place):
                 return file
             file.close()  # it was removed meanwhile
@@ -528,10 +523,13 @@ def hold(place: Path, patience: float, busy: str) -> TextIO:
 
 
 @contextlib.contextmanager
-def lock(path: Path, patience: float) -> Iterator[TextIO]:
-    """Hold the lock for writing `database.json` and the files beside it. Raises as `hold` does."""
+def lock(path: Path, patience: float = 0.2) -> Iterator[TextIO]:
+    """Hold the lock for writing `database.json` and the files beside it. Raises as `hold` does.
+
+    patience: seconds to wait for another program.
+    """
     busy = f"{path} is being written by another program, try again"
-    with hold(beside(path, "lock"), patience, busy) as file:
+    with _patiently(lambda: hold(beside(path, "lock"), busy), patience) as file:
         try:
             yield file
         finally:  # explicitly: a child forked meanwhile shares the lock, and would keep it
@@ -586,7 +584,7 @@ class Deliveries:
                 self.end += data.rfind(b"\n") + 1
                 self._understand(data)
         except OSError as error:
-            warn_once(f"cannot read {self.path}: {error.strerror}. Until then no order counts as delivered.")
+            warn_once(f"cannot read {self.path}: {error.strerror}. So some deliveries are not known.")
 
     def _understand(self, lines: bytes) -> None:
         for when, task_id, name in self.LINE.findall(lines):
@@ -597,12 +595,9 @@ class Deliveries:
             else:
                 self.ids[order] = (when + b" " + name).decode("utf-8", "replace")
 
-    def check_writable(self, patience: float) -> None:
-        """Check that the list can be written, by appending an empty line and removing it again.
-
-        patience: seconds to wait for the lock. Raises DatabaseError.
-        """
-        with lock(self.database, patience):  # other programs append under this lock
+    def check_writable(self) -> None:
+        """Append an empty line to the list and remove it again. Raises DatabaseError if that fails."""
+        with lock(self.database):  # other programs append under this lock
             self.add({})
 
     def add(self, files: Mapping[str, str]) -> None:
@@ -656,7 +651,7 @@ class _Unwritten:
     failed: dict[str, tuple[int | None, str]] = field(default_factory=dict)
     failing: bool = False  # whether "failing" must be written
     pause: float = 0.0  # when the file may be written again
-    busy: float = math.inf  # since when the file or lock has been busy
+    busy_since: float | None = None  # if the file or the lock is busy
 
     def ended(self) -> set[str]:
         return self.delivered.keys() | self.listed | self.failed.keys()
@@ -706,40 +701,44 @@ class Database:
         """Whether every failed order is under "failed" in the file."""
         return not self._unwritten.failed
 
-    def sync(self, idle: bool = True) -> tuple[dict[str, Fields], set[str]]:
-        """Write the results, and read what others changed. Returns the new orders and the removed ones.
+    def sync(self) -> tuple[dict[str, Fields], set[str]]:
+        """List deliveries at once; each LOOK write the other results, and read what others changed.
 
-        idle: nothing else is under way, so results need not wait for more of them.
+        Returns the new orders and the removed ones.
         """
-        if look := time.monotonic() >= self._look:
-            self._look = time.monotonic() + LOOK
-        if look and not self.loaded:
+        now = time.monotonic()
+        if now < self._look:
+            if self._unwritten.delivered and not self.problem:
+                with contextlib.suppress(DatabaseError):  # the next look reports it
+                    self._list()
+            return {}, set()
+        self._look = now + LOOK
+        if not self.loaded:
             self.deliveries.shorten()
-        store, problem = self._write(look, idle)
-        if look and not store:  # even if writing failed: others may have added orders
+        store, problem = self._write()
+        if not store:  # even if writing failed: others may have added orders
             store, unreadable = self._read()
             problem = problem or unreadable
-        if problem or (look and not self._unwritten):
+        if problem or not self._unwritten:
             self._report(problem)
         return self._compare(store) if store else ({}, set())
 
-    def _write(self, look: bool, idle: bool) -> tuple[Store | None, str]:
-        """List deliveries at once; write the file less often. Returns what was written, or the problem."""
+    def _write(self) -> tuple[Store | None, str]:
+        """Write the results. Returns what was written, or the problem."""
         now, store = time.monotonic(), None
         try:
-            if look and not self._unwritten.delivered and not self.deliveries.writable:
-                self.deliveries.check_writable(0.2 if self.loaded else PATIENCE)
-            if look or not self.problem:
-                self._list()
-            if self._unwritten and now >= self._unwritten.pause and (look or (idle and not self.problem)):
+            if not self._unwritten.delivered and not self.deliveries.writable:
+                _patiently(self.deliveries.check_writable, 0.0 if self.loaded else PATIENCE)
+            self._list()
+            if self._unwritten and now >= self._unwritten.pause:
                 store = self._save()
         except Busy as error:
-            self._unwritten.busy = min(self._unwritten.busy, now)
-            return None, str(error) if now >= self._unwritten.busy + PATIENCE else ""
+            if self._unwritten.busy_since is None:
+                self._unwritten.busy_since = now
+            return None, str(error) if now >= self._unwritten.busy_since + PATIENCE else self.problem
         except DatabaseError as error:
             return None, str(error)
-        if look:  # else perhaps nothing was tried
-            self._unwritten.busy = math.inf
+        self._unwritten.busy_since = None
         return store, ""
 
     def _read(self) -> tuple[Store | None, str]:
@@ -763,7 +762,7 @@ class Database:
                 _patiently(self._save, patience)
             except DatabaseError as error:
                 self._report(str(error))
-        return len(self._unwritten.ended()) + self._unwritten.failing
+        return len(self._unwritten.ended())
 
     def _report(self, problem: str) -> None:
         if problem and problem != self.problem:
@@ -773,7 +772,7 @@ class Database:
         self.problem = problem
 
     def _list(self) -> None:
-        """List all deliveries with one fsync; after that they are safe."""
+        """List all deliveries with one fsync; after that they are safe. One append needs no lock."""
         if delivered := self._unwritten.delivered:
             self.deliveries.add(delivered)
             self._unwritten.listed |= delivered.keys()
@@ -782,7 +781,7 @@ class Database:
     def _save(self) -> Store:
         """Write the results to the file."""
         begun = time.monotonic()
-        store = change(self.file, self._edit, 0.2)
+        store = change(self.file, self._edit)
         self._unwritten = _Unwritten(pause=begun + SHARE * (time.monotonic() - begun))
         return store
 
@@ -796,17 +795,17 @@ class Database:
         """Find the orders in the file that were delivered, and log those that were added again."""
         self.deliveries.refresh()  # after reading the file: `retry` writes the list first, then the file
         listed = {store.ids[name] for name in store.ids.keys() & self.deliveries.ids.keys()}
-        again, self._unwritten.listed = listed - self._unwritten.listed, listed
+        again = listed - self._unwritten.listed
+        self._unwritten.listed = listed
         if again:
-            what = f"{len(again)} orders were" if len(again) > 1 else f"{again.pop()} was"
+            what = f"{again.pop()} was" if len(again) == 1 else f"{len(again)} orders were"
             # At startup, perhaps nobody re-added it: a process was killed before it could remove it.
             how = "re-added although delivered; removed again" if self.loaded else "delivered before; removed"
             log.warning("%s %s", what, how)
 
     def _compare(self, store: Store) -> tuple[dict[str, Fields], set[str]]:
-        """The orders that are new to the loop, and those removed. Deletes ended ones from `store.orders`."""
-        for task_id in store.named(self._unwritten.ended()):
-            del store.orders[task_id]
+        """The orders that are new to the loop, and those removed. Takes the ended ones from `store`."""
+        store.take(self._unwritten.ended())
         new = {task_id: fields for task_id, fields in store.orders.items() if task_id not in self._known}
         gone, self._known = self._known - store.orders.keys(), set(store.orders)
         first, self.loaded = not self.loaded, True
@@ -853,7 +852,7 @@ def rewrite(path: Path) -> Store:
 def edit(path: Path, how: Callable[[Store], None]) -> Store:
     """`change` for other programs; it waits while an editor saves the file or the lock is taken."""
     file = File(path)
-    return _patiently(lambda: change(file, how, PATIENCE), PATIENCE)
+    return _patiently(lambda: change(file, how), PATIENCE)
 
 
 def get_orders(path: Path | None = None) -> dict[str, Fields]:
@@ -913,7 +912,7 @@ def retry_orders(
         if listed := {name: "-" for name in moved if key(name) in deliveries.ids}:
             deliveries.add(listed)  # before it is pending, else the poller would remove it
         for name in moved:
-            if name in failed:
+            if name in failed and name in store.data["failed"]:  # else another spelling was retried
                 store.retry(name)
             elif key(name) not in store.ids:
                 store.put(name, {}, new=True)
@@ -926,12 +925,12 @@ def retry_orders(
 # --- python db.py ----------------------------------------------------------------------------
 
 
-def _show(name: str, orders: dict[str, Fields], *keys: str) -> None:
-    print(f"{len(orders)} {name}")
+def _show(title: str, orders: dict[str, Fields], *names: str) -> None:
+    print(f"{len(orders)} {title}")
     if orders:
-        rows = [["order", *keys]]
+        rows = [["order", *names]]
         for task_id, fields in orders.items():
-            rows.append([task_id, *(" ".join(str(fields.get(key, "")).split()) for key in keys)])
+            rows.append([task_id, *(" ".join(str(fields.get(name, "")).split()) for name in names)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         print(*("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows), "", sep="\n")
 

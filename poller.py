@@ -49,7 +49,7 @@ LONGEST_PAUSE = 900.0  # seconds between two polls after a rejection that does n
 OWN_REASON, PERHAPS_LIKE_ALL = 3, 20
 MINUTE = 60.0  # seconds between similar retry warnings, and before a rejection of all orders is logged
 ALARM = 600.0  # seconds before an outage, a rejection of all orders or a stall is logged as an error
-WITNESSED = 600.0  # seconds for which the daemon itself must see an old rejection before the order fails
+WITNESSED = 600.0  # seconds for which the daemon itself must know an order before it fails
 STALLED = 120.0  # seconds without progress before a poll or download is reported
 FORGOTTEN = 7 * 86400.0  # seconds after which GraFx forgets a task
 OUTPUT = 10_000_000  # bytes of a hook's output that are kept
@@ -252,7 +252,7 @@ class Claim:
 
     def lock(self, place: Path, busy: str) -> None:
         if place not in self.locks or not db.is_at(self.locks[place], place):
-            self.locks[place] = db.hold(place, 0, busy)
+            self.locks[place] = db.hold(place, busy)
             db.note(self.locks[place])
 
 
@@ -260,7 +260,7 @@ class Claim:
 
 
 class OnceAMinute(logging.Filter):
-    """Passes one message of each kind a minute, with the number of those held back."""
+    """Passes one message of each kind and level a minute, with the number of those held back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ class OnceAMinute(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         now, text = time.monotonic(), record.getMessage()
-        kind = re.sub(r"[\w-]*\d[\w.:-]*", "#", text)  # without ids and numbers
+        kind = record.levelname + re.sub(r"[\w-]*\d[\w.:-]*", "#", text)  # without ids and numbers
         if now < self.passed.get(kind, -MINUTE) + MINUTE:
             self.held[kind] += 1
             return False
@@ -385,13 +385,13 @@ class Order:
     added: float  # seconds since 1970; infinity if the file does not say
     seen: float  # when this process first saw it
     state: str = "new"  # rendering, rejected, retrying, waiting for ON_DONE, delivered, failed
+    since: float = 0.0  # when it entered this state
     times: int = 0  # consecutive polls that ended in this state
     problem: str = ""
     due: float = 0.0  # when to poll it next; infinity while it is being polled
     polled: float = 0.0  # when the last poll began
     handled: float = 0.0  # when the result of the last poll was handled
     rejected_since: float = 0.0  # perhaps before this process started; 0: it is not rejected
-    witnessed: float = 0.0  # when this process first saw it rejected; 0: it is not rejected
     rejections: int = 0  # the rejections that count, see Poller.rejected
     suspect: bool = False  # it is one of those in the log line that GraFx rejects all orders
     last_progress: float = 0.0  # when its poll or download last made progress; infinity while ON_DONE runs
@@ -406,8 +406,9 @@ class Order:
 
     def enter(self, state: str, problem: str = "") -> None:
         """The only place that changes the state. The back-off depends on `times`."""
-        self.times = self.times + 1 if state == self.state else 1
-        self.state, self.problem = state, problem
+        if state != self.state or not self.times:
+            self.since, self.times = time.monotonic(), 0
+        self.state, self.problem, self.times = state, problem, self.times + 1
 
     def progress(self, size: int, total: int | None) -> None:
         """Called by the download for each piece."""
@@ -444,7 +445,8 @@ class Outage:
     def begin(self, error: Exception) -> None:
         """Start the outage, or note that it continues."""
         now = time.monotonic()
-        if self.error is None:
+        # Without any try for so long, the last one has ended unnoticed: perhaps its only order was removed.
+        if self.error is None or now >= self.until + ALARM:
             self.since, self.said = now, set()
         self.error = error
         if now >= self.until:  # 2 s, 4 s, 8 s, …: the pause grows with its duration
@@ -505,7 +507,8 @@ class Evidence:
             self.say([order for order in orders if order.rejected_since and order.polled >= self.since])
 
     def say(self, rejected: list[Order]) -> None:
-        if not rejected or self.error is None:  # the orders have ended, or were removed
+        if not rejected or self.error is None:  # the orders have failed, or were removed
+            self.problem = ""
             self.good()
             return
         for order in rejected:
@@ -544,6 +547,12 @@ class Hook:
                 gone = "its file was taken out of orders before ON_DONE could run"
                 raise chili.TaskRejected(gone, 200, final=True)
             raise HookFailed("its file was removed before ON_DONE could run")
+        try:
+            self._run(order, file, more)
+        except OSError as error:  # e.g. no space for its output
+            raise HookFailed(f"{self.name}'s exit code is not known: {error}") from None
+
+    def _run(self, order: Order, file: Path | None, more: dict[str, str]) -> None:
         with tempfile.TemporaryFile() as output:  # not a pipe: its children could keep that open
             fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)  # so that it can be truncated
             process, why = self.start(order, file, output, more), "did not end"
@@ -571,9 +580,11 @@ class Hook:
     def start(
         self, order: Order, file: Path | None, output: Any, more: dict[str, str]
     ) -> subprocess.Popen[bytes]:
-        words = [word.replace("{}", str(file)) for word in self.words] if file else self.words
-        if file and words == self.words:
-            words.append(str(file))
+        words = self.words
+        if file and any("{}" in word for word in words):
+            words = [word.replace("{}", str(file)) for word in words]
+        elif file:
+            words = [*words, str(file)]
         # In bytes, so that the locale's encoding does not matter.
         env = {name: value for name, value in os.environb.items() if name.decode("latin-1") not in HIDDEN}
         more = {"TASK_ID": order.task_id, "PROJECT_ID": order.project, **more}
@@ -582,7 +593,7 @@ class Hook:
             env[b"ORDER_FILE"] = os.fsencode(file)
         with self.lock:
             if self.stopping:
-                raise HookFailed("the poller is stopping")
+                raise HookFailed(f"{self.name} was not run, because the poller is stopping")
             try:
                 process = subprocess.Popen(  # noqa: S603 - no shell, and the user set the command
                     words,
@@ -639,7 +650,7 @@ class OnFailed(Hook):
         """Runs in a thread. If the hook fails, that is logged, and it is not run again."""
         try:
             self.run(order, None, STATUS=str(error.status or ""), ERROR=str(error))
-        except (HookFailed, OSError) as wrong:
+        except HookFailed as wrong:
             log.error("%s %s; it is not run again", order.task_id, wrong)
 
 
@@ -660,8 +671,9 @@ def signal_session(leader: int, how: int) -> None:
 
 
 class Poller:
-    """The poll loop, with one method for each result. All state belongs to the loop's thread.
+    """The poll loop, with one method for each result.
 
+    All state belongs to the loop's thread, but for the progress of an order while a thread polls it.
     A pending order is in `orders`, and either in `queue` until it is due or in `polling` while a thread polls
     it. An order that has ended is a result in `database` until it is written.
     """
@@ -683,9 +695,7 @@ class Poller:
         self.exit_code: int | None = None  # set when a stop was requested
         what = settings.database, settings.baseurl, settings.environment, settings.orders_dir
         log.info("GraFx order poller %s: %s, %s, environment %s, files to %s", VERSION, *what)
-        for name in STOP_SIGNALS:
-            if signal.getsignal(name) != signal.SIG_IGN:
-                signal.signal(name, self.on_signal)
+        handle_stop_signals(self.on_signal)
 
     @property
     def once(self) -> bool:
@@ -694,7 +704,7 @@ class Poller:
     def run(self) -> int:
         """Poll until a signal, or with `once` until each order was polled. Returns the exit code."""
         while True:
-            if self.once and not self.polling and not self.orders:
+            if self.once and self.is_done():
                 self.judge()
             if self.exit_code is not None or (self.once and self.is_done()):
                 return self.stop()
@@ -702,8 +712,6 @@ class Poller:
                 self.sync_orders()
                 self.poll_due_orders()
             self.handle_results()
-            if not self.once:  # with `once`, `judge` reports
-                self.evidence.report(self.orders.values())
             self.status.report(self)
 
     def is_done(self) -> bool:
@@ -714,8 +722,9 @@ class Poller:
             return False
         if self.outage.error or self.outage.pause() > 0:
             return True
-        loaded = self.database.loaded
-        return self.status.ready and not self.orders if loaded else bool(self.database.problem)
+        if not self.database.loaded:
+            return bool(self.database.problem)
+        return self.status.ready and not self.orders
 
     def on_signal(self, *_: object) -> None:
         """Only set a flag and wake the loop: a signal may interrupt anything."""
@@ -734,7 +743,7 @@ class Poller:
         except db.Busy as error:
             log.error("%s", error)
             self.exit_code = 1
-            self.results.put(None)  # wake the loop, so that it stops
+            return False
         except (db.DatabaseError, chili.TryAgainLater, OSError) as error:
             if first:
                 self.outage.begin(error)
@@ -743,13 +752,11 @@ class Poller:
     def sync_orders(self) -> None:
         """Write the results; apply which orders others added to the file or removed from it."""
         first = not self.database.loaded
-        new, gone = self.database.sync(idle=not self.polling and self.next_due() > time.monotonic())
+        new, gone = self.database.sync()
         if self.database.failures_written:  # else it could run twice for an order not yet under "failed"
             self.on_failed.run_for_all()
         if self.once and not first:
             return
-        if new or gone:
-            self.status.states = None, Counter()  # recount
         for task_id, fields in new.items():
             self.add(task_id, fields)
         for task_id in gone:
@@ -780,7 +787,7 @@ class Poller:
             times = record.get("times")
             # The daemon starts the count again, since it does not write each rejection to the file.
             order.rejections = times if self.once and isinstance(times, int) else 0
-        elif chili.find_file(self.settings.orders_dir, task_id):
+        if chili.find_file(self.settings.orders_dir, task_id):
             order.state = WAITING
         self.orders[task_id] = order
         self.requeue(order, 0.0)
@@ -834,13 +841,10 @@ class Poller:
         except OSError as error:
             raise disk_error(folder, error) from None
         order.download, order.last_progress = "", NEVER
-        try:
-            if file and self.hook.words:
-                if not self.database.deliveries.writable:  # else it would run again after each restart
-                    raise HookFailed("waiting to run ON_DONE until the list of deliveries can be written")
-                self.hook.run(order, file)
-        except OSError as error:  # e.g. no space for its output
-            raise HookFailed(f"ON_DONE's exit code is not known: {error}") from None
+        if file and self.hook.words:
+            if not self.database.deliveries.writable:  # else it would run again after each restart
+                raise HookFailed("waiting to run ON_DONE until the list of deliveries can be written")
+            self.hook.run(order, file)
         return file
 
     def handle_results(self, seconds: float | None = None) -> None:
@@ -902,7 +906,7 @@ class Poller:
 
     def learn(self, order: Order, file: Path | None, error: BaseException | None, came: bool) -> bool:
         """Note what a poll shows about GraFx and the disk. Returns whether a problem with them has ended."""
-        over = self.end_outage(order, error, came)
+        over = self.end_outage(order, file, error, came)
         if came:
             self.evidence.last_file = time.monotonic()
         rejected = error if isinstance(error, chili.TaskRejected) else None
@@ -919,15 +923,15 @@ class Poller:
             if order and time.monotonic() + pause < order.due < NEVER:
                 self.requeue(order, pause)
 
-    def end_outage(self, order: Order, error: BaseException | None, came: bool) -> bool:
+    def end_outage(self, order: Order, file: Path | None, error: BaseException | None, came: bool) -> bool:
         """End the outage if this poll began after it and shows that it is over. Returns whether it did."""
         if self.outage.error is None or order.polled < self.outage.since:
             return False
         if isinstance(self.outage.error, CannotWrite):  # only a new file shows that the disk is writable
             over = came
         else:  # a file that was already here says nothing about GraFx
-            shared = isinstance(error, chili.TryAgainLater) and error.shared
-            over = order.state != WAITING and not shared
+            here = file or isinstance(error, HookFailed)
+            over = came or not (here or (isinstance(error, chili.TryAgainLater) and error.shared))
         if over:
             self.outage.end()
         return over
@@ -952,14 +956,13 @@ class Poller:
 
     def clear(self, order: Order) -> None:
         """The order is no longer rejected: it is rendering, or its file is here."""
-        order.rejected_since, order.witnessed, order.rejections, order.suspect = 0.0, 0.0, 0, False
+        order.rejected_since, order.rejections, order.suspect = 0.0, 0, False
         self.database.pending(order.task_id)
 
     def rejected(self, order: Order, error: chili.TaskRejected) -> None:
         """GraFx rejected the order. It fails after enough rejections that count, and GIVE_UP_AFTER."""
         now, first = time.monotonic(), not order.rejected_since
         order.rejected_since = order.rejected_since or now
-        order.witnessed = order.witnessed or now
         order.enter("rejected", str(error))
         # What may concern all orders counts only if another order's file came since this order's last poll.
         counts = error.own_reason or self.evidence.last_file > order.handled
@@ -989,7 +992,7 @@ class Poller:
         give_up_after: float = self.settings.give_up_after
         end = order.rejected_since + give_up_after
         if not self.once:  # an old record alone must not make it fail at startup
-            end = max(end, order.witnessed + min(WITNESSED, give_up_after))
+            end = max(end, order.seen + min(WITNESSED, give_up_after))
         return max(0.0, end - time.monotonic())
 
     def failed(self, order: Order, error: chili.TaskRejected) -> None:
@@ -1014,7 +1017,9 @@ class Poller:
         else:
             pause = backoff(order.times, self.settings.poll_interval)
             text = "%s %s; retrying in %s" if hook else "%s cannot be polled: %s; retrying in %s"
-            retry_log.warning(text, order.task_id, error, duration(max(pause, self.outage.pause())))
+            alarm = order.handled < order.since + ALARM <= time.monotonic()  # once
+            level = logging.ERROR if alarm else logging.WARNING
+            retry_log.log(level, text, order.task_id, error, duration(max(pause, self.outage.pause())))
         self.requeue(order, pause)
 
     def stop(self) -> int:
@@ -1035,7 +1040,7 @@ class Poller:
             log.info("stopped, %d pending", len(self.orders) + unwritten)
             return self.exit_code or int(unwritten > 0)
         if self.orders:
-            log.warning("%s not polled; the next run will poll them", plural(len(self.orders), "order"))
+            log.warning("%s not polled, left for the next run", plural(len(self.orders), "order"))
         results = self.status.results
         said = ", ".join(f"{results[state]} {state}" for state in STATES if results[state])
         log.info("polled %s%s", plural(results.total(), "order"), said and f": {said}")
@@ -1070,7 +1075,6 @@ class Status:
         self.screen = screen
         self.ready = False  # the first token request has ended
         self.results: Counter[str] = Counter()  # the states in which polls ended
-        self.states: tuple[Any, Counter[str]] = (None, Counter())  # the orders' states after so many results
         self.last = self.note = ""  # the last delivery; what `db.py list` shows
         self.due = 0.0  # when the next report is due
         self.ready_by = time.monotonic() + 30.0  # READY=1 is sent by then at the latest
@@ -1081,13 +1085,14 @@ class Status:
             return
         if self.screen.gone():
             poller.exit_code = 1
-        self.due, version = now + self.screen.pause, self.results.total()
-        if version != self.states[0]:  # not at each report: there may be 20,000 orders
-            self.states = version, Counter(order.state for order in poller.orders.values())
+        self.due = now + self.screen.pause
+        if not poller.once:  # with `once`, `judge` reports
+            poller.evidence.report(poller.orders.values())
         polled = (order for order in poller.polling.values() if order and order.task_id in poller.orders)
         busy = [order for order in polled if order.download or order.last_progress == NEVER]
         downloads = [order for order in busy if order.download]
-        states = self.states[1] - Counter(order.state for order in busy)
+        states = Counter(order.state for order in poller.orders.values())
+        states -= Counter(order.state for order in busy)
         states += Counter({"downloading": len(downloads), WAITING: len(busy) - len(downloads)})
         counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
         whom, problem, due = self.problem(poller, states)
@@ -1144,12 +1149,13 @@ class Status:
 def check(settings: Settings) -> int:
     """Try everything the poller needs, and print what works and what does not. Returns the exit code."""
     grafx, code, pending = settings.grafx(), 0, list[str]()
-    for stop in STOP_SIGNALS:
-        signal.signal(stop, signal.SIG_DFL)  # an interrupted check must not exit with 0
+    handle_stop_signals(signal.SIG_DFL)  # an interrupted check must not exit with 0
 
     def database() -> str:
         store = db.rewrite(settings.database)
         prepare_folder(settings.database.parent)
+        if settings.on_done:
+            db.Deliveries(settings.database).check_writable()
         good = store.orders.keys() - store.failing.keys()
         pending.extend(task_id for task_id in store.orders if task_id in (good or store.orders))
         counts = f"{len(good)} pending, {len(store.orders) - len(good)} rejected"
@@ -1177,6 +1183,12 @@ def check(settings: Settings) -> int:
     return code
 
 
+def handle_stop_signals(handler: Any) -> None:
+    for name in STOP_SIGNALS:
+        if signal.getsignal(name) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(name, handler)
+
+
 def run(settings: Settings, screen: Screen) -> int:
     poller = Poller(settings, screen)
     try:
@@ -1198,9 +1210,7 @@ def main() -> int:
     # The parent may have ignored or blocked them. If SIGCHLD is ignored, each hook seems to end with 0.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    for name in STOP_SIGNALS:
-        if signal.getsignal(name) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(name, lambda *_: os._exit(0))  # without a Poller there is nothing to clean up
+    handle_stop_signals(lambda *_: os._exit(0))  # without a Poller there is nothing to clean up
     db.open_streams()
     parser = argparse.ArgumentParser(
         prog="poller.py",

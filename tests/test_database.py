@@ -51,7 +51,7 @@ def test_a_lock_that_another_has_is_an_error_only_after_a_while(home: Home) -> N
     # SIGUSR1 stands for the end of its patience.
     end = "import signal; signal.signal(signal.SIGUSR1, lambda *_: setattr(db, 'PATIENCE', 0.5))"
     busy = f"is being written by another program, try again .process {os.getpid()} has locked "
-    with db.lock(home.database, 10) as held:
+    with db.lock(home.database) as held:
         db.note(held)
         poller = home.start(before=f"{QUICK}; db.LOOK = 0.3; db.PATIENCE = 600.0; {end}")
         poller.says(f"{first} delivered")
@@ -85,7 +85,7 @@ def test_the_last_write_waits_for_an_editor_that_saves_and_for_a_lock(
     assert database.flush(30.0) == 0
     assert list(db.read(path).failed) == ["a"]
 
-    held = db.hold(db.beside(path, "lock"), 0, "busy")
+    held = db.hold(db.beside(path, "lock"), "busy")
     database.failed("b", 500, "No such item")
     assert database.flush(0.0) == 1
     threading.Timer(0.1, held.close).start()

@@ -235,7 +235,7 @@ def test_a_lock_that_is_a_link_is_not_followed(path: Path) -> None:
     victim = path.with_name("victim")
     victim.write_text("precious")
     path.with_name(f".{path.name}.lock").symlink_to(victim)
-    with pytest.raises(db.DatabaseError, match=r"It is a symbolic link: put a file in its place\."):
+    with pytest.raises(db.DatabaseError, match=r"It is a symbolic link: replace it with a file\."):
         db.add_order("a", path=path)
     assert victim.read_text() == "precious"
 
@@ -290,7 +290,7 @@ def as_user(user: int, work: Callable[[], object]) -> None:
 
 def all_there_is(path: Path, task_id: str) -> None:
     """Be the only poller, add an order, deliver it, have it again."""
-    with db.hold(db.beside(path, "pid"), 0, "busy"):
+    with db.hold(db.beside(path, "pid"), "busy"):
         assert db.add_order(task_id, path=path)
         database = db.Database(path, check_writable=True)
         database.sync()

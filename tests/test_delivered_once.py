@@ -106,7 +106,7 @@ def test_killed_before_it_ended_or_after_it_was_listed(desk: Desk) -> None:
 
     running = home.start(before=QUICK)
     desk.begun(4)
-    with db.lock(home.database, 10):  # so that no order can leave the file
+    with db.lock(home.database):  # so that no order can leave the file
         desk.go(*tasks)
         eventually(lambda: listed(desk) == dict.fromkeys(tasks, 1), "listed")
         running.stop(signal.SIGKILL)
@@ -220,7 +220,7 @@ def test_after_a_line_that_could_not_be_written_no_command_begins(desk: Desk) ->
     desk.list.unlink()
     desk.list.symlink_to("elsewhere")
     desk.go(first)
-    running.says(f"ERROR +cannot write {desk.list}: .* It is a symbolic link: put a file in its place.")
+    running.says(f"ERROR +cannot write {desk.list}: .* It is a symbolic link: replace it with a file.")
     db.add_order(second := desk.grafx.add(), path=home.database)
     running.says(f"{second} {WAITS}")
     assert (len(desk.begun(1)), list(home.waiting())) == (1, [first, second])

@@ -47,7 +47,7 @@ def test_a_start_keeps_the_newest(deliveries: db.Deliveries, monkeypatch: pytest
         monkeypatch.setattr(db, "KEPT", kept)
         monkeypatch.setattr(db, "PATIENCE", 0.1)
         # Somebody may be writing to it.
-        held = db.hold(db.beside(deliveries.database, "lock"), 0, "busy") if locked else None
+        held = db.hold(db.beside(deliveries.database, "lock"), "busy") if locked else None
         db.Database(deliveries.database, check_writable=False).sync()
         if held:
             held.close()

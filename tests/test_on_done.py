@@ -161,10 +161,11 @@ def test_it_may_move_the_file_which_is_downloaded_again_where_it_fails_then(desk
 
 
 def test_in_an_outage_it_runs_for_a_file_that_is_here(desk: Desk) -> None:
-    """No GraFx is needed for the file of an earlier process."""
+    """No GraFx is needed for the file of an earlier process, whose order may have been rejected before."""
     home, (task_id,) = desk.home, desk.orders(1)
     desk.command("exit 1")
     assert home.run("--once").process.returncode == 1
+    home.write(home.read() | {"failing": {task_id: {"status": 404}}})
     home.grafx.fault("token", "status-503", times=None)
     running = home.start(before=QUICK)
     running.says("paused: no token")

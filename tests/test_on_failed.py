@@ -43,7 +43,7 @@ def test_it_is_told_once_what_failed_and_why(home: Home) -> None:
 def test_it_runs_when_the_file_has_the_failure_and_not_again_after_a_kill(home: Home) -> None:
     said, task, fine = home.folder / "said", home.grafx.add("expired"), home.grafx.add(questions=2)
     home.wait_for(task, fine)
-    with db.lock(home.database, 10):  # so that nothing is written
+    with db.lock(home.database):  # so that nothing is written
         poller = home.start(before=QUICK, ON_FAILED=f"sh -c 'echo $$ >>{said}; exec sleep 600'")
         poller.says(f"{task} failed[^~]*{fine} delivered")
         assert not said.exists()
@@ -56,11 +56,13 @@ def test_it_runs_when_the_file_has_the_failure_and_not_again_after_a_kill(home: 
 
 
 def test_once_runs_it_for_what_is_judged_at_the_end(home: Home) -> None:
-    """A 404 counts by the other file of the same run."""
-    said, dead, fine = home.folder / "said", "unknown", home.grafx.add()
+    """A 404 counts by the other file of the same run, also where the run ends early."""
+    said, dead, fine, last = home.folder / "said", "unknown", home.grafx.add(), home.grafx.add()
+    home.grafx.fault("task", "status-429", task_id=last, retry_after=60)
     record = {"status": 404, "error": "no", "since": utc(-DAY), "times": 30}
-    home.write({"orders": {dead: {}, fine: {}}, "failing": {dead: record}, "failed": {}})
-    assert home.run("--once", ON_FAILED=f"sh -c 'echo $TASK_ID >>{said}'").process.returncode == 1
+    orders = {task_id: {} for task_id in (dead, fine, last, "left")}
+    home.write({"orders": orders, "failing": {dead: record}, "failed": {}})
+    home.run("--once", CONCURRENCY="1", ON_FAILED=f"sh -c 'echo $TASK_ID >>{said}'")
     assert lines(said) == list(home.failed()) == [dead]
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -178,25 +179,21 @@ def test_a_lock_file_that_was_removed_is_made_anew(home: Home) -> None:
 
 
 def test_who_waits_for_a_lock_whose_file_is_removed_waits_for_the_new_one(home: Home) -> None:
-    """Here an order that is added, while others write the database."""
+    """Else two programs would write the database at once."""
     home.wait_for()
-    place, command = db.beside(home.database, "lock"), [sys.executable, str(ROOT / "db.py"), "add", "a"]
-
-    def waits() -> bool:
-        with contextlib.suppress(OSError):
-            return any(file.samefile(place) for file in Path(f"/proc/{adds.pid}/fd").iterdir())
-        return False
-
-    with db.lock(home.database, 0):
-        adds = subprocess.Popen(command, env=home.environment(), cwd=home.folder)
-        eventually(waits)
+    place = db.beside(home.database, "lock")
+    script = "import db; db.PATIENCE = 2.0; print(flush=True); db.add_order('a')"
+    with db.lock(home.database):
+        command = [sys.executable, "-c", script]
+        adds = subprocess.Popen(
+            command, env=home.environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert adds.stdout and adds.stdout.readline()
         place.unlink()
-        second = db.hold(db.beside(home.database, "lock"), 0, "busy")
+        second = db.hold(place, "busy")
     with second:
-        eventually(waits, "it waits for the new one")
-        assert home.waiting() == {}
-    assert adds.wait(60) == 0
-    assert list(home.waiting()) == ["a"]
+        assert b"is being written by another program" in adds.communicate(timeout=60)[1]
+    assert home.waiting() == {}
 
 
 # --- disks and networks ----------------------------------------------------------------------
@@ -241,6 +238,17 @@ def test_an_error_of_the_disk_makes_all_wait_though_a_small_file_can_be_written(
     poller = start(home, strace, "-D", "-f", "-qq", "-o", os.devnull, "-P", place, "-e", fault)
     poller.says(f"paused: cannot write to {home.orders}: ")
     poller.says(f"{task} delivered")
+
+
+def test_the_next_outage_is_not_the_one_whose_only_order_was_removed(home: Home) -> None:
+    poller = home.start(before=f"{QUICK}; poller.ALARM = 0.5")
+    poller.says("0 pending")
+    home.orders.rename(home.folder / "away")
+    for number in (1, 2):
+        home.wait_for(home.grafx.add())
+        eventually(lambda number=number: poller.log().count("WARNING paused: cannot write to ") == number)
+        home.wait_for()
+        time.sleep(1.0)  # longer than ALARM
 
 
 def test_a_connection_is_not_used_for_ever(home: Home) -> None:

@@ -83,7 +83,7 @@ def test_what_is_saved_in_place_just_after_a_write_is_noticed(
 
     monkeypatch.setattr(os, "fsync", fsync)
     file = db.File(path)
-    db.change(file, lambda store: store.take(["a"]), 0)
+    db.change(file, lambda store: store.take(["a"]))
     assert db.get_orders(path).keys() == {"typed"}
     assert file.changed()
 
@@ -159,7 +159,7 @@ def refused(raw: bytes, *changes: Callable[[Path], object]) -> str:
             assert path.read_bytes() == raw
             assert {other.name for other in path.parent.iterdir()} <= {path.name, f".{path.name}.lock"}
     (one,) = said
-    assert re.fullmatch("FILE: .+", one)
+    assert re.fullmatch("FILE.+", one)
     return one
 
 
