@@ -217,7 +217,7 @@ def test_what_grafx_sends_does_what_the_table_says(grafx: Sandbox, tmp_path: Pat
         "410 at the download": ["download status-410"],
         "no answer": ["task reset"],
         "one that is incomplete": ["task length-long"],
-        "another order's": ["task other-task"],
+        "about another order": ["task other-task"],
     }.items():
         (wanted,) = (outcome for row, outcome in zip(sent, outcomes, strict=True) if words in row)
         assert {fault: happens(fault) for fault in faults} == dict.fromkeys(faults, wanted)
