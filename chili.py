@@ -275,7 +275,7 @@ def error_for(response: requests.Response, who: str, prefix: str = "") -> TaskRe
         return NotUnderstood(plainly, retry_after=pause)
     said = _words(read_json(response))
     own_reason = who == GRAFX and _is_own_reason(status, said)
-    if status in (202, 204, 401, 429) or (status == 500 and not own_reason):
+    if status in (202, 204, 401, 429, 500) and not own_reason:
         return TryAgainLater(plainly, retry_after=pause)
     return TaskRejected(prefix + said if said else plainly, status, own_reason)
 
@@ -383,7 +383,7 @@ class DangerousToken(AuthBase):
                 return
             if not isinstance(error, CredentialsRejected):
                 error = TryAgainLater(f"no token: {error}", True, error.retry_after)
-            self._result, self._renew = error, now + pause
+            self._result, self._renew = error, now + pause  # also for the threads that wait already
         else:
             _secrets.extend((self._form["client_secret"], value))
             self._result, self._ends = f"Bearer {value}", time.monotonic() + lasts

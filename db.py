@@ -485,7 +485,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def _patiently(step: Callable[[], Given], patience: float) -> Given:
-    """Return `step()`; retry for `patience` seconds while it raises Busy."""
+    """Return `step()`; retry for `patience` seconds while it raises Busy.
+
+    Each try opens a lock file anew, so nobody waits for one that was removed.
+    """
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -508,12 +511,9 @@ def hold(place: Path, busy: str) -> TextIO:
     lock, Busy with the text `busy` and that process.
     """
     try:
-        while True:
-            file = os.fdopen(_open(place), "r+")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if is_at(file, place):
-                return file
-            file.close()  # it was removed meanwhile
+        file = os.fdopen(_open(place), "r+")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
     except BlockingIOError:
         with file:
             holder = file.readline().partition(" ")[0].strip() or "unknown"

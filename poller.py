@@ -905,13 +905,17 @@ class Poller:
             self.hasten(0.0 if over else self.settings.poll_interval)
 
     def learn(self, order: Order, file: Path | None, error: BaseException | None, came: bool) -> bool:
-        """Note what a poll shows about GraFx and the disk. Returns whether a problem with them has ended."""
+        """Note what a poll shows about GraFx and the disk. Returns whether a problem with them has ended.
+
+        A 202, a 204, a new file and a rejection for its own reason come from GraFx itself. Any answer ends an
+        outage, unless it affects all orders; a file that was on the disk says nothing.
+        """
         over = self.end_outage(order, file, error, came)
         if came:
             self.evidence.last_file = time.monotonic()
         rejected = error if isinstance(error, chili.TaskRejected) else None
         renders = error is None and not file
-        if came or renders or (rejected and rejected.own_reason):  # from GraFx itself, not a proxy
+        if came or renders or (rejected and rejected.own_reason):
             over = self.evidence.good() or over
         elif rejected:
             self.evidence.bad(order, rejected)
@@ -1044,9 +1048,8 @@ class Poller:
         results = self.status.results
         said = ", ".join(f"{results[state]} {state}" for state in STATES if results[state])
         log.info("polled %s%s", plural(results.total(), "order"), said and f": {said}")
-        fine = self.database.loaded and not self.database.problem and not self.orders
-        fine = fine and not results.keys() & {"failed", WAITING, "retrying"} and not self.evidence.problem
-        return self.exit_code or (0 if fine else 1)
+        bad = self.orders, results.keys() & {"failed", WAITING, "retrying"}, not self.database.loaded
+        return self.exit_code or int(any((*bad, self.database.problem, self.evidence.problem)))
 
     def judge(self) -> None:
         """With `once`, after all orders were polled: handle the rejections that may concern all orders."""

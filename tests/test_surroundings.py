@@ -178,24 +178,6 @@ def test_a_lock_file_that_was_removed_is_made_anew(home: Home) -> None:
     assert re.search("already running[^~]*stopped, 1 pending", first.log())
 
 
-def test_who_waits_for_a_lock_whose_file_is_removed_waits_for_the_new_one(home: Home) -> None:
-    """Else two programs would write the database at once."""
-    home.wait_for()
-    place = db.beside(home.database, "lock")
-    script = "import db; db.PATIENCE = 2.0; print(flush=True); db.add_order('a')"
-    with db.lock(home.database):
-        command = [sys.executable, "-c", script]
-        adds = subprocess.Popen(
-            command, env=home.environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        assert adds.stdout and adds.stdout.readline()
-        place.unlink()
-        second = db.hold(place, "busy")
-    with second:
-        assert b"is being written by another program" in adds.communicate(timeout=60)[1]
-    assert home.waiting() == {}
-
-
 # --- disks and networks ----------------------------------------------------------------------
 
 
