@@ -46,8 +46,7 @@ def test_a_start_keeps_the_newest(deliveries: db.Deliveries, monkeypatch: pytest
         assert deliveries.path.read_text() == "".join(lines)
         monkeypatch.setattr(db, "KEPT", kept)
         monkeypatch.setattr(db, "PATIENCE", 0.1)
-        # Somebody may be writing to it.
-        held = db.hold(db.beside(deliveries.database, "lock"), "busy") if locked else None
+        held = db.hold(db.beside(deliveries.database, "lock"), "busy") if locked else None  # by a writer
         db.Database(deliveries.database, check_writable=False).sync()
         if held:
             held.close()
@@ -90,7 +89,6 @@ def test_any_lines_in_any_portions(
         if match and db.is_task_id(match[1]):
             known[match[1]] = match[2]
     whole = db.Deliveries(deliveries.database)
-    whole.refresh()
     assert deliveries.ids == whole.ids
     assert whole.ids == {task_id: f"{NOON} {name}" for task_id, name in known.items() if name != "-"}
     assert deliveries.again == whole.again == known.keys() - whole.ids.keys()

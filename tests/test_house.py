@@ -48,13 +48,8 @@ def test_no_private_name_of_others_is_used(module: str) -> None:
     """Else the next release of requests, or the poller's own `chili` and `db`, may break it unnoticed."""
     rules = ("--select=SLF001,PLC2701", "--preview", "--isolated", "--ignore-noqa", "--output-format=concise")
     example = "\nfrom urllib3 import _collections\nresponse.raw._fp.read()\n"
-    found = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", *rules, "-"],
-        input=(ROOT / f"{module}.py").read_text() + example,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command, code = [sys.executable, "-m", "ruff", "check", *rules, "-"], (ROOT / f"{module}.py").read_text()
+    found = subprocess.run(command, input=code + example, capture_output=True, text=True, timeout=60)
     assert re.findall("`(_.*?)`", found.stdout) == ["_collections", "_fp"], found.stdout + found.stderr
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conftest import QUICK, Home, eventually
 from test_on_done import is_alive
-from test_rejections import DAY, utc
+from test_rejections import DAY, noted, utc
 
 import db
 
@@ -59,9 +59,8 @@ def test_once_runs_it_for_what_is_judged_at_the_end(home: Home) -> None:
     """A 404 counts by the other file of the same run, also where the run ends early."""
     said, dead, fine, last = home.folder / "said", "unknown", home.grafx.add(), home.grafx.add()
     home.grafx.fault("task", "status-429", task_id=last, retry_after=60)
-    record = {"status": 404, "error": "no", "since": utc(-DAY), "times": 30}
     orders = {task_id: {} for task_id in (dead, fine, last, "left")}
-    home.write({"orders": orders, "failing": {dead: record}, "failed": {}})
+    home.write({"orders": orders, "failing": {dead: noted(utc(-DAY), 404, 30)}, "failed": {}})
     home.run("--once", CONCURRENCY="1", ON_FAILED=f"sh -c 'echo $TASK_ID >>{said}'")
     assert lines(said) == list(home.failed()) == [dead]
 

@@ -275,8 +275,7 @@ def test_an_order_that_is_older_than_seven_days_fails_whatever_it_is_answered(ho
 
 
 def test_an_order_without_a_date_is_as_old_as_the_process_or_its_record_knows_it(home: Home) -> None:
-    record = {"status": 404, "since": utc(-8 * DAY), "times": 2}
-    home.write({"orders": {DEAD: {}}, "failing": {DEAD: record}})
+    home.write({"orders": {DEAD: {}}, "failing": {DEAD: noted(utc(-8 * DAY), 404, 2)}})
     home.run("--once")
     assert home.failed()[DEAD]["error"].startswith(f"{FORGOTTEN}Not Found")
     home.wait_for(task := home.grafx.add("never"))

@@ -4,7 +4,7 @@
     python tests/torture.py --orders 20000     that many orders through one process
     python tests/torture.py --outage 1000      so many orders while GraFx has every fault there is
 
-The suite runs a short one of each, see test_crash.py and test_outage.py.
+The suite runs a short one of each: test_crash.py.
 """
 
 from __future__ import annotations
