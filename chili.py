@@ -77,10 +77,8 @@ class TaskRejected(Exception):
     proxy in front of GraFx, or from a wrong ENVIRONMENT. final: retrying is useless.
     """
 
-    def __init__(
-        self, message: str, status: int | None = None, own_reason: bool = False, final: bool = False
-    ) -> None:
-        super().__init__(message)
+    def __init__(self, text: str, status: int | None, own_reason: bool = False, final: bool = False) -> None:
+        super().__init__(text)
         self.status, self.own_reason, self.final = status, own_reason or final, final
 
 
@@ -90,8 +88,8 @@ class TryAgainLater(Exception):
     shared: it affects every order. retry_after: seconds until a request of any kind may be sent.
     """
 
-    def __init__(self, message: str, shared: bool = False, retry_after: float | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, text: str, shared: bool = False, retry_after: float = 0.0) -> None:
+        super().__init__(text)
         self.shared, self.retry_after = shared, retry_after
 
 
@@ -125,11 +123,9 @@ def format_size(size: float) -> str:
 
 def _reason(error: BaseException) -> str:
     """The innermost cause, such as "Connection refused": outer exceptions may contain URLs and passwords."""
-    inner: BaseException | None = error
-    while inner:
-        error = inner
-        causes = (*error.args, getattr(error, "reason", None), error.__cause__)
-        inner = next((cause for cause in causes if isinstance(cause, BaseException)), None)
+    for cause in (*error.args, getattr(error, "reason", None), error.__cause__):
+        if isinstance(cause, BaseException):
+            return _reason(cause)
     if wrong := getattr(error, "verify_message", ""):  # of a certificate
         return f"{wrong}; for a private CA, set REQUESTS_CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt"
     return sanitize(getattr(error, "strerror", "") or error) or type(error).__name__
@@ -159,11 +155,9 @@ def prepared(url: str) -> str:
 
 
 @functools.lru_cache(maxsize=100)  # a lookup costs 0.25 ms of CPU, more than half of a poll
-def _proxies_and_certificates(server: tuple[str, str, int]) -> Any:
+def _proxies_and_certificates(server: str) -> Any:
     """The options for Session.send that HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE etc. set for a server."""
-    scheme, host, port = server
-    url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
-    return requests.Session().merge_environment_settings(url, {}, True, None, None)
+    return requests.Session().merge_environment_settings(server, {}, True, None, None)
 
 
 def send(session: requests.Session, who: str, method: str, url: str, **more: Any) -> requests.Response:
@@ -172,8 +166,8 @@ def send(session: requests.Session, who: str, method: str, url: str, **more: Any
     The request is prepared outside the session, so that orders share no cookies and ~/.netrc is not read.
     Raises TryAgainLater; shared if the proxy, GraFx or the token server cannot be reached.
     """
-    began, server = time.monotonic(), origin(url)
-    settings = _proxies_and_certificates(server)
+    parts = urlsplit(url)
+    settings = _proxies_and_certificates(f"{parts.scheme}://{parts.netloc}")
     proxy = requests.utils.select_proxy(url, settings["proxies"]) or ""
     try:
         request = requests.Request(method, url, HEADERS, **more).prepare()
@@ -181,23 +175,22 @@ def send(session: requests.Session, who: str, method: str, url: str, **more: Any
     except (InvalidURL, InvalidSchema, TypeError, UnicodeEncodeError):
         # Name the variable, not its value: the value may contain a password.
         names = "/".join(name for name, value in os.environ.items() if value and value == proxy)
-        problem = f"{names or 'HTTPS_PROXY'} is not the address of an HTTP proxy"
-        if proxy.startswith("socks"):
-            problem = f"{names or 'ALL_PROXY'} is a SOCKS proxy, which needs: pip install 'requests[socks]'"
-        raise TryAgainLater(problem, shared=True) from None
+        socks = "a SOCKS proxy, which needs: pip install 'requests[socks]'"
+        wrong = socks if proxy.startswith("socks") else "not the address of an HTTP proxy"
+        raise TryAgainLater(f"{names or 'HTTPS_PROXY'} is {wrong}", shared=True) from None
     except ProxyError as error:
-        reason, parts = _reason(error), urlsplit(proxy if "//" in proxy else f"//{proxy}")
+        reason, place = _reason(error), urlsplit(proxy if "//" in proxy else f"//{proxy}")
         problem = "refuses to connect" if reason.startswith("Tunnel connection") else "is unreachable"
         problem = "requires a user name and a password" if " 407" in reason else problem
-        problem = f"the proxy {parts.hostname}:{parts.port} {problem} ({reason})"
-        raise TryAgainLater(problem, shared=True) from None
+        text = f"the proxy {place.hostname}:{place.port} {problem} ({reason})"
+        raise TryAgainLater(text, shared=True) from None
     except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-        reason = f"{_reason(error)}, {server[1]}"
+        reason = f"({_reason(error)}, {parts.hostname})"
         if error.args and isinstance(error.args[0], MaxRetryError):  # no retries: it did not connect
-            raise TryAgainLater(f"{who} is unreachable ({reason})", who != DOWNLOAD_SERVER) from None
-        raise NotUnderstood(f"{who} gave no answer ({reason})") from None
-    took, path = (time.monotonic() - began) * 1000, urlsplit(url).path  # no query: it may contain a signature
-    log.debug("%s %s%s: %s, %.0f ms", method, server[1], path, response.status_code, took)
+            raise TryAgainLater(f"{who} is unreachable {reason}", who != DOWNLOAD_SERVER) from None
+        raise NotUnderstood(f"{who} gave no answer {reason}") from None
+    took, path = response.elapsed.total_seconds() * 1000, parts.path  # no query: it may contain a signature
+    log.debug("%s %s%s: %s, %.0f ms", method, parts.hostname, path, response.status_code, took)
     return response
 
 
@@ -208,8 +201,8 @@ def coding(response: requests.Response) -> str:
 
 def pieces(response: requests.Response) -> Iterator[bytes]:
     """The body as it arrives, gzip decoded. Raises NotUnderstood if it may be incomplete or is too slow."""
-    raw, total = response.raw, response.raw.length_remaining
-    if total is None and not raw.chunked:
+    raw = response.raw
+    if raw.length_remaining is None and not raw.chunked:
         raise NotUnderstood("the answer has neither a Content-Length nor chunks, so it may be incomplete")
     began, came = time.monotonic(), 0
     try:
@@ -222,16 +215,14 @@ def pieces(response: requests.Response) -> Iterator[bytes]:
         if coding(response) == "gzip" and start[0] == b"\x1f\x8b":
             # Not decoded by urllib3, which accepts a truncated stream.
             source: Any = SimpleNamespace(read=arrived)
-            read, total = gzip.GzipFile(fileobj=source).read1, None
+            read = gzip.GzipFile(fileobj=source).read1
         while piece := read(64 * 1024):
             yield piece
             came, seconds = came + len(piece), time.monotonic() - began
             if seconds > SLOW_START and came < SLOWEST * seconds:
                 raise NotUnderstood(f"the answer is too slow: {format_size(came)} in {seconds:.0f} s")
     except (HTTPError, OSError, EOFError, zlib.error) as error:
-        reason, of = _reason(error), f" of {format_size(total)}" if total else ""
-        why = "" if reason.startswith("IncompleteRead") else f" ({reason})"
-        raise NotUnderstood(f"the answer broke off after {format_size(came)}{of}{why}") from None
+        raise NotUnderstood(f"the answer broke off after {format_size(came)} ({_reason(error)})") from None
 
 
 def read_json(response: requests.Response) -> dict[str, Any]:
@@ -249,12 +240,11 @@ def read_json(response: requests.Response) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def retry_after(response: requests.Response) -> float | None:
-    """Seconds from either form of Retry-After (RFC 9110, section 10.2.3), capped; None if there is none."""
+def retry_after(response: requests.Response) -> float:
+    """Seconds from either form of Retry-After (RFC 9110, section 10.2.3), capped; 0 if there is none."""
     with contextlib.suppress(HTTPError, ValueError, OverflowError):
-        seconds = Retry().get_retry_after(response.raw)
-        return None if seconds is None else min(seconds, LONGEST_RETRY_AFTER)
-    return None
+        return min(Retry().get_retry_after(response.raw) or 0.0, LONGEST_RETRY_AFTER)
+    return 0.0
 
 
 def _words(problem: dict[str, Any]) -> str:
@@ -270,7 +260,7 @@ def _is_own_reason(status: int, said: str) -> bool:
 def error_for(response: requests.Response, who: str, prefix: str = "") -> TaskRejected | TryAgainLater:
     """The error to raise for an unusable answer. Itself raises TryAgainLater if the body cannot be read."""
     status, plainly = response.status_code, f"{prefix}{who} answered {_status(response)}"
-    pause = retry_after(response) if who == GRAFX else None
+    pause = retry_after(response) if who == GRAFX else 0.0
     if status in (407, 408, 425) or (status not in (202, 204, 500) and not 400 <= status < 500):
         return NotUnderstood(plainly, retry_after=pause)
     said = _words(read_json(response))
@@ -293,14 +283,13 @@ class Pace:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._between = 0.0  # seconds between two requests
-        self._next = self._slowed = 0.0  # monotonic: when the next request may be sent; the last slowdown
+        self._last = self._slowed = 0.0  # monotonic: when the last request may be sent; the last slowdown
 
     def wait(self) -> float:
         """Wait for this thread's turn. Returns the time at which the wait began, in monotonic seconds."""
         with self._lock:
             now = time.monotonic()
-            turn = max(now, self._next)
-            self._next = turn + self._between
+            turn = self._last = max(now, self._last + self._between)
         if turn > now:
             time.sleep(turn - now)
         return now
@@ -308,10 +297,10 @@ class Pace:
     def learn(self, status: int, began: float) -> None:
         """Adapt the delay to the answer to a request; `began` is what `wait` returned for it."""
         with self._lock:
-            if status in (429, 503):
-                if began >= self._slowed:  # else it was already under way at the last slowdown
-                    slower = max(self.SHORTEST, self.SLOWER * self._between)
-                    self._between, self._slowed = min(self.LONGEST, slower), time.monotonic()
+            # One that was already under way at the last slowdown says nothing new.
+            if status in (429, 503) and began >= self._slowed:
+                slower = max(self.SHORTEST, self.SLOWER * self._between)
+                self._between, self._slowed = min(self.LONGEST, slower), time.monotonic()
             elif status < 400:
                 self._between /= self.FASTER
 
@@ -349,16 +338,15 @@ class DangerousToken(AuthBase):
     def get(self) -> str:
         """The Authorization header. Raises TryAgainLater, CredentialsRejected."""
         began = time.monotonic()
-        if began >= self._renew:
-            valid = began < self._ends  # then only one thread waits for the new token
-            if self._lock.acquire(timeout=0 if valid else 2 * sum(TIMEOUT)):
-                try:
-                    if began >= self._renew:  # else another thread has just tried
-                        self._fetch()
-                finally:
-                    self._lock.release()
-            elif not valid:
-                raise TryAgainLater(f"no token: {self.url} has not answered yet", shared=True)
+        patience = 0 if began < self._ends else 2 * sum(TIMEOUT)  # with a valid token, nobody waits
+        if began >= self._renew and self._lock.acquire(timeout=patience):
+            try:
+                if began >= self._renew:  # else another thread has just tried
+                    self._fetch()
+            finally:
+                self._lock.release()
+        if began >= max(self._renew, self._ends):
+            raise TryAgainLater(f"no token: {self.url} has not answered yet", shared=True)
         if isinstance(result := self._result, TryAgainLater):
             raise result
         return result
@@ -370,19 +358,19 @@ class DangerousToken(AuthBase):
             if self._result == rejected and now < self._renew:  # else it is or will be renewed
                 if now < self._replaced + TOKEN_PAUSE:
                     return False
-                self._replaced, self._renew, self._ends = now, 0.0, now
+                self._replaced = self._renew = self._ends = now
             return rejected is not None  # None: it went to another server, without the token
 
     def _fetch(self) -> None:
         try:
             value, lasts = _ask_for_token(self.url, self._form)
         except TryAgainLater as error:
-            now, pause = time.monotonic(), error.retry_after or 0
+            now, pause = time.monotonic(), error.retry_after
             if now < self._ends:  # the old token is still valid
                 self._renew = min(self._ends, now + max(TOKEN_PAUSE, pause))
                 return
             if not isinstance(error, CredentialsRejected):
-                error = TryAgainLater(f"no token: {error}", True, error.retry_after)
+                error = TryAgainLater(f"no token: {error}", True, pause)
             self._result, self._renew = error, now + pause  # also for the threads that wait already
         else:
             _secrets.extend((self._form["client_secret"], value))
@@ -411,18 +399,15 @@ def _ask_for_token(url: str, form: dict[str, str]) -> tuple[str, float]:
 
 
 class GraFx:
-    """A GraFx environment, for `pool_size` threads. Raises ValueError, as `prepared` does."""
+    """A GraFx environment, for all threads. Raises ValueError, as `prepared` does."""
 
-    def __init__(
-        self, base_url: str, environment: str, token_url: str, client_id: str, client_secret: str,
-        pool_size: int = 1,
-    ) -> None:  # fmt: skip
+    def __init__(self, base_url: str, environment: str, token_url: str, client_id: str, secret: str) -> None:
         self.base_url = prepared(base_url).rstrip("/")
         self.tasks = f"{self.base_url}/grafx/api/v1/environment/{quote(environment, safe='')}/output/tasks/"
-        self.token = DangerousToken(self.base_url, token_url, client_id, client_secret)
+        self.token = DangerousToken(self.base_url, token_url, client_id, secret)
         self.session, self.pace = requests.Session(), Pace()
         self.fresh_until = time.monotonic() + FRESH
-        self.session.mount(self.base_url, HTTPAdapter(pool_maxsize=pool_size))
+        self.session.mount(self.base_url, HTTPAdapter(pool_maxsize=64))  # CONCURRENCY is not higher
 
     def poll(self, task_id: str) -> str | None:
         """The URL of a finished task's file; None while it renders. Raises TaskRejected, TryAgainLater."""
@@ -494,69 +479,63 @@ def check_environment(grafx: GraFx, task_id: str | None) -> str:
     """Poll a pending task, or else one that cannot exist. Returns what works. Raises TryAgainLater."""
     with grafx.get(grafx.session, grafx.tasks + (task_id or NO_TASK)) as response:
         said, status = read_json(response), response.status_code
-    if origin(str(response.url)) != grafx.token.home:
-        host = urlsplit(str(response.url)).hostname
-        raise TryAgainLater(f"{grafx.base_url} redirects to {host}: check BASEURL")
-    about = f" about {task_id}" if task_id else ""
-    rejected = task_id and _is_own_reason(status, _words(said))  # the order's own matter
-    if rejected or status in (202, 204) or (status == 200 and said):
+    if (at := origin(str(response.url))) != grafx.token.home:
+        raise TryAgainLater(f"{grafx.base_url} redirects to {at[1]}: check BASEURL")
+    about, words = f" about {task_id}" if task_id else "", _words(said)
+    own_reason = task_id and _is_own_reason(status, words)
+    if own_reason or status in (202, 204) or (status == 200 and said):
         return f"{grafx.base_url} answers{about}"
     if status == 404 and said and not task_id:
         return f"{grafx.base_url} answers; only the first order shows whether ENVIRONMENT is right"
-    words = _words(said).rstrip(".") or "no reason given"
-    raise TryAgainLater(
-        f"{grafx.base_url} answered {_status(response)}{about}: {words}."
-        " Check BASEURL, ENVIRONMENT and the integration's permissions."
-    )
+    text = f"{grafx.base_url} answered {_status(response)}{about}: {words.rstrip('.') or 'no reason given'}."
+    raise TryAgainLater(f"{text} Check BASEURL, ENVIRONMENT and the integration's permissions.")
 
 
 # --- the file --------------------------------------------------------------------------------
 
 
-def order_done(
-    task_id: str, grafx: GraFx, orders_dir: Path, progress: Progress = lambda size, total: None
-) -> Path | None:
-    """Poll a task; if it is finished, download its file to `<orders_dir>/<task_id>.<extension>`.
+def order_done(task_id: str, grafx: GraFx, folder: Path, progress: Progress = lambda *_: None) -> Path | None:
+    """Poll a task; if it is finished, download its file to `<folder>/<task_id>.<extension>`.
 
     Returns the file once it is complete and fsynced, None while the task renders. A file that is already
     there is not downloaded again. The caller syncs the folder. Raises TaskRejected, TryAgainLater; OSError
     if the folder cannot be written.
     """
-    if file := find_file(orders_dir, task_id):
+    if file := find_file(folder, task_id):
         return file
     if not (link := grafx.poll(task_id)):
         return None
     # On its own connection: a late answer to another request cannot be taken for the file.
     with requests.Session() as session, grafx.get(session, link) as response:
         if response.status_code == 200:
-            return _save(response, orders_dir, task_id, progress)
+            return _save(response, folder, task_id, progress)
         if response.status_code == 410:
             raise TaskRejected("no longer available: GraFx keeps a file for 4 hours", 410, final=True)
         home = origin(str(response.url)) == grafx.token.home
         raise error_for(response, GRAFX if home else DOWNLOAD_SERVER, "the download: ")
 
 
-def find_file(orders_dir: Path, task_id: str) -> Path | None:
+def find_file(folder: Path, task_id: str) -> Path | None:
     """The downloaded file of a task, if there is one."""
     for extension in FORMATS:
-        name = f"{orders_dir}/{task_id}.{extension}"  # a string: pathlib takes ten times as long
+        name = f"{folder}/{task_id}.{extension}"  # a string: pathlib takes ten times as long
         if os.access(name, os.F_OK) and Path(name).is_file():
             return Path(name)
     return None
 
 
-def remove_leftovers(orders_dir: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove the partial downloads of a killed process, and nothing else."""
-    for path in orders_dir.glob(".*.part"):
+    for path in folder.glob(".*.part"):
         if re.fullmatch(r"\.[\w.-]+\.part", path.name, re.ASCII):
             with contextlib.suppress(OSError):  # the next download of that order reports it
                 path.unlink()
 
 
-def _save(response: requests.Response, orders_dir: Path, task_id: str, progress: Progress) -> Path:
+def _save(response: requests.Response, folder: Path, task_id: str, progress: Progress) -> Path:
     """Stream the body to its file. Raises as order_done does, and then leaves no partial file."""
     total = None if response.headers.get("Content-Encoding") else response.raw.length_remaining
-    temp, size = orders_dir / f".{task_id}.part", 0
+    temp, size = folder / f".{task_id}.part", 0
     try:
         # The guarantee depends on this sequence: the file gets its final name only when it is complete and
         # fsynced, and the caller drops the order only when the rename is on the disk as well.
@@ -571,7 +550,7 @@ def _save(response: requests.Response, orders_dir: Path, task_id: str, progress:
             if extension == "png" and file.read() != PNG_END:
                 raise TaskRejected("the PNG is truncated", 200, own_reason=True)
             os.fsync(file.fileno())
-        whole = orders_dir / f"{task_id}.{extension}"
+        whole = folder / f"{task_id}.{extension}"
         if whole.is_dir():
             raise TryAgainLater(f"{whole} is a folder where the file should be: move it away")
         return temp.replace(whole)
@@ -586,12 +565,13 @@ def _extension(response: requests.Response, first: bytes) -> str:
     looks = next((ext for ext, (_, begin) in FORMATS.items() if re.match(begin, first, re.DOTALL)), "")
     if looks and says in (*FORMATS[looks][0], *NO_TYPE):
         return looks
-    if first and not looks and coding(response) not in NO_CODING:
-        raise TryAgainLater(f"the file has the unknown Content-Encoding {coding(response)}")
+    if looks:
+        raise TaskRejected(f"Content-Type is {says}, but the file is {looks}", 200, own_reason=True)
     if not first:
         raise TaskRejected("the file is empty", 200)
+    if coding(response) not in NO_CODING:
+        raise TryAgainLater(f"the file has the unknown Content-Encoding {coding(response)}")
+    # It may be an error page from a proxy, so it may concern all orders.
     if says in NO_TYPE:
         raise TaskRejected(f"the file's format is none of {', '.join(FORMATS)}", 200)
-    # A file of no known format may be an error page from a proxy, so it may concern all orders.
-    text = f"Content-Type is {says}, but the file is {looks or 'something else'}"
-    raise TaskRejected(text, 200, own_reason=bool(looks))
+    raise TaskRejected(f"Content-Type is {says}, but the file is something else", 200)

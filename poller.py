@@ -72,8 +72,7 @@ class Settings(SimpleNamespace):
     """The settings in READERS, each under its name in lower case."""
 
     def grafx(self) -> chili.GraFx:
-        credentials = self.token_url, self.server_id, self.server_secret
-        return chili.GraFx(self.baseurl, self.environment, *credentials, self.concurrency)
+        return chili.GraFx(self.baseurl, self.environment, self.token_url, self.server_id, self.server_secret)
 
 
 class SettingsError(Exception):
