@@ -54,7 +54,6 @@ STALLED = 120.0  # seconds without progress before a poll or download is reporte
 FORGOTTEN = 7 * 86400.0  # seconds after which GraFx forgets a task
 OUTPUT = 10_000_000  # bytes of a hook's output that are kept
 NEVER = float("inf")
-MORE_THREADS = "Raise the limit (ulimit -u, systemd's TasksMax=)."
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 WAITING = "waiting for ON_DONE"  # the state of an order whose file is downloaded
 STATES = ("delivered", "new", "rendering", "downloading", WAITING, "rejected", "failed", "retrying")
@@ -66,13 +65,6 @@ retry_log = logging.getLogger("poller.retry")  # rate limited, see OnceAMinute
 
 
 # --- settings --------------------------------------------------------------------------------
-
-
-class Settings(SimpleNamespace):
-    """The settings in READERS, each under its name in lower case."""
-
-    def grafx(self) -> chili.GraFx:
-        return chili.GraFx(self.baseurl, self.environment, self.token_url, self.server_id, self.server_secret)
 
 
 class SettingsError(Exception):
@@ -135,8 +127,11 @@ NAMES = (*(name for name, _, _ in READERS), "SERVER_SECRET_FILE")
 REQUIRED = ("SERVER_ID", "SERVER_SECRET", "BASEURL", "ENVIRONMENT")
 
 
-def load_settings() -> Settings:
-    """Load the settings; the environment overrides `.env`. Raises SettingsError with everything wrong."""
+def load_settings() -> SimpleNamespace:
+    """The settings in READERS, each under its name in lower case, and `grafx`, the client that uses them.
+
+    Raises SettingsError with everything that is wrong.
+    """
     wrong: list[str] = []
     found: dict[str, Any] = {}
     try:
@@ -165,7 +160,10 @@ def load_settings() -> Settings:
     if wrong:
         raise SettingsError("\n".join(wrong))
     warn_about_env(given)
-    return Settings(**found)
+    settings = SimpleNamespace(**found)
+    credentials = settings.token_url, settings.server_id, settings.server_secret
+    settings.grafx = chili.GraFx(settings.baseurl, settings.environment, *credentials)
+    return settings
 
 
 def warn_about_env(given: dict[str, str]) -> None:
@@ -232,22 +230,20 @@ class Claim:
 
         Raises Busy if another poller has one; DatabaseError, CannotWrite if a disk is missing.
         """
-        self.look = time.monotonic() + db.LOOK
-        running = f"a poller for {self.database} is already running"
-        self.lock(db.beside(self.database, "pid"), running)
-        if not self.complete:
+        self.look, first = time.monotonic() + db.LOOK, not self.complete
+        self.lock(db.beside(self.database, "pid"), f"a poller for {self.database} is already running")
+        if first:
             prepare_folder(self.folder)
         try:  # else a poller of another database could remove this one's partial downloads
-            writes = f"another poller writes to {self.folder}: give each its own ORDERS_DIR"
-            self.lock(self.folder / ".poller.pid", writes)
-        except db.Busy:
-            raise
+            busy = f"another poller writes to {self.folder}: give each its own ORDERS_DIR"
+            self.lock(self.folder / ".poller.pid", busy)
         except db.DatabaseError as error:
-            if not self.complete:
-                db.warn_once(f"{error} Two pollers with this folder would not be noticed.")
-        if not self.complete:
+            if isinstance(error, db.Busy) or not first:
+                raise
+            db.warn_once(f"{error} Two pollers with this folder would not be noticed.")
+        if first:
             chili.remove_leftovers(self.folder)  # no other poller writes here now
-        self.complete = True
+            self.complete = True
 
     def lock(self, place: Path, busy: str) -> None:
         if place not in self.locks or not db.is_at(self.locks[place], place):
@@ -323,9 +319,7 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # not generic in
             self.queue.put_nowait(logging.makeLogRecord({"redraw": True}))
 
     def draw(self, line: str) -> None:
-        if not self.terminal:
-            return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it is not a terminal, or is gone
             width = os.get_terminal_size(2).columns or 80
             if line[: width - 1] == self.drawn:
                 return
@@ -392,9 +386,7 @@ class Order:
     handled: float = 0.0  # when the result of the last poll was handled
     rejected_since: float = 0.0  # perhaps before this process started; 0: it is not rejected
     rejections: int = 0  # the rejections that count, see Poller.rejected
-    suspect: bool = False  # it is one of those in the log line that GraFx rejects all orders
     last_progress: float = 0.0  # when its poll or download last made progress; infinity while ON_DONE runs
-    alarms: int = 0  # how often its lack of progress was logged
     size: int = 0  # bytes of its file received in this poll
     download: str = ""  # the progress as text, while it is being downloaded
 
@@ -402,6 +394,13 @@ class Order:
     def age(self) -> float:
         """Seconds since it was added; at least those since `seen`, even if the clock was set back."""
         return max(time.monotonic() - self.seen, time.time() - self.added)
+
+    @property
+    def doing(self) -> str:
+        """Its state, or what its poll is doing now."""
+        if self.download:
+            return "downloading"
+        return WAITING if self.last_progress == NEVER else self.state
 
     def enter(self, state: str, problem: str = "") -> None:
         """The only place that changes the state. The back-off depends on `times`."""
@@ -419,10 +418,10 @@ class Order:
 
 def epoch(when: Any) -> float:
     """A time from the file in seconds since 1970; infinity if it is not a valid time."""
+    seconds = NEVER
     with contextlib.suppress(ValueError, OverflowError):
         seconds = db.utc(str(when)).timestamp()
-        return seconds if seconds >= 0 else NEVER
-    return NEVER
+    return seconds if seconds >= 0 else NEVER
 
 
 def backoff(times: int, longest: float) -> float:
@@ -458,12 +457,14 @@ class Outage:
             log.error("paused for %s: %s", duration(now - self.since), error)
             self.said.add("")
 
-    def end(self) -> None:
-        now = time.monotonic()
-        if self.said:
+    def end(self) -> bool:
+        """End the outage. Returns whether there was one."""
+        now, was = time.monotonic(), self.error
+        if was and self.said:
             log.info("resumed after %s", duration(now - self.since))
             self.quiet = now + MINUTE
         self.error, self.until = None, 0.0
+        return was is not None
 
     def pause(self) -> float:
         """Seconds until an order may be polled."""
@@ -482,45 +483,45 @@ class Evidence:
         self.answered = False  # whether any poll ever got a good answer
         self.since = NEVER  # since when none has; NEVER: the last answer was good
         self.error: chili.TaskRejected | None = None  # the last rejection that may concern all orders
-        self.problem, self.alarmed = "", False  # what was logged, and whether as an error
+        self.problem, self.level = "", 0  # what was logged, and with which level
+        self.ended = -NEVER  # when the last logged problem ended
         self.unjudged: list[tuple[Order, chili.TaskRejected]] = []  # with `once`, for `judge`
 
     def good(self) -> bool:
         """A poll got a good answer. Returns whether that ends a logged problem."""
-        if over := bool(self.problem):
-            log.info("resumed after %s", duration(time.monotonic() - self.since))
-        self.answered, self.problem, self.alarmed, self.since = True, "", False, NEVER
+        over, self.answered = bool(self.problem), True
+        if over:
+            self.ended = time.monotonic()
+            log.info("resumed after %s", duration(self.ended - self.since))
+        self.problem, self.level, self.since = "", 0, NEVER
         return over
 
     def bad(self, order: Order, error: chili.TaskRejected) -> None:
         """An order got a rejection that may concern all orders."""
         self.error = error
-        if self.problem:
-            order.suspect = True
-        elif self.since == NEVER and not order.suspect:  # an order is not reported twice
+        reported = order.rejected_since and order.rejected_since < self.ended
+        if self.since == NEVER and not reported:  # an order is not reported twice
             self.since = order.polled
 
     def report(self, orders: Iterable[Order]) -> None:
         """If no poll has got a good answer for a minute, log that; after ALARM, log it again as an error."""
         if time.monotonic() >= self.since + MINUTE:
-            self.say([order for order in orders if order.rejected_since and order.polled >= self.since])
+            rejected = [order for order in orders if order.rejected_since and order.polled >= self.since]
+            if rejected and self.error:
+                self.say(rejected, self.error)
+            else:  # they have failed, or were removed
+                self.problem = ""
+                self.good()
 
-    def say(self, rejected: list[Order]) -> None:
-        if not rejected or self.error is None:  # the orders have failed, or were removed
-            self.problem = ""
-            self.good()
-            return
-        for order in rejected:
-            order.suspect = True
-        status, number = self.error.status, len(rejected)
+    def say(self, rejected: list[Order], error: chili.TaskRejected) -> None:
+        number, status = len(rejected), error.status
         whom = {1: "the only order", 2: "both orders"}.get(number, f"all {number} orders")
-        what = f"{status} without a file to {whom} ({self.error})" if status == 200 else f"{status} to {whom}"
-        said, advice = self.problem, "check ENVIRONMENT and the integration's permissions"
-        self.problem = f"GraFx answers {what}: {advice}"
-        alarm = not self.alarmed and time.monotonic() >= self.since + ALARM
-        if alarm or not said:
-            log.log(logging.ERROR if alarm else logging.WARNING, "%s", self.problem)
-        self.alarmed = self.alarmed or alarm
+        what = f"{status} without a file to {whom} ({error})" if status == 200 else f"{status} to {whom}"
+        self.problem = f"GraFx answers {what}: check ENVIRONMENT and the integration's permissions"
+        level = logging.ERROR if time.monotonic() >= self.since + ALARM else logging.WARNING
+        if level > self.level:
+            log.log(level, "%s", self.problem)
+        self.level = level
 
 
 # --- ON_DONE ---------------------------------------------------------------------------------
@@ -531,101 +532,72 @@ class HookFailed(chili.TryAgainLater):
 
 
 class Hook:
-    """A hook from the settings, ON_DONE or ON_FAILED, which runs in its own session."""
+    """A command from the settings, ON_DONE or ON_FAILED, which runs in its own session."""
 
     def __init__(self, name: str, words: list[str], timeout: float) -> None:
         self.name, self.words, self.timeout = name, words, timeout
-        self.running: set[subprocess.Popen[bytes]] = set()
+        self.running: set[Order] = set()
         self.stopping = False
-        self.lock = threading.Lock()  # else a hook could start just after the stop
 
-    def run(self, order: Order, file: Path | None, **more: str) -> None:
-        """Run the hook for an order. Raises HookFailed unless it ends by itself, with 0; TaskRejected."""
-        if file and not file.is_file():
-            if order.size:  # just downloaded: if something takes every new file, retries are useless
-                gone = "its file was taken out of orders before ON_DONE could run"
-                raise chili.TaskRejected(gone, 200, final=True)
-            raise HookFailed("its file was removed before ON_DONE could run")
-        try:
-            self._run(order, file, more)
-        except OSError as error:  # e.g. no space for its output
-            raise HookFailed(f"{self.name}'s exit code is not known: {error}") from None
-
-    def _run(self, order: Order, file: Path | None, more: dict[str, str]) -> None:
-        with tempfile.TemporaryFile() as output:  # not a pipe: its children could keep that open
-            fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)  # so that it can be truncated
-            process, why = self.start(order, file, output, more), "did not end"
-            try:
-                why = self.wait(process, output)
-            finally:  # the hook may have run, even after an exception
-                if why or process.returncode:  # else its children would run alongside the retry
-                    signal_session(process.pid, signal.SIGKILL)
-                process.wait()
-                self.running.discard(process)
-            output.seek(max(0, output.seek(0, os.SEEK_END) - 10_000))
-            text = output.read().decode(errors="replace")
-        lines = list(filter(None, map(chili.sanitize, text.splitlines())))[-10:]
-        code = process.returncode
-        fine = code == 0 and not why
-        for line in lines if fine else lines[:-1]:  # the last line is in the error
-            (log if fine else retry_log).info("%s %s: %s", order.task_id, self.name, line)
-        if fine:
-            return
-        how = f"exited with code {code}"
-        if code < 0:
-            how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        raise HookFailed(": ".join((f"{self.name} {why or how}", *lines[-1:])))
-
-    def start(
-        self, order: Order, file: Path | None, output: Any, more: dict[str, str]
-    ) -> subprocess.Popen[bytes]:
-        words = self.words
-        if file and any("{}" in word for word in words):
-            words = [word.replace("{}", str(file)) for word in words]
-        elif file:
-            words = [*words, str(file)]
+    def run(self, order: Order, file: Path | None = None, **more: str) -> None:
+        """Run the hook for an order. Raises HookFailed unless it ends by itself, with 0."""
+        words, more = self.words, {"TASK_ID": order.task_id, "PROJECT_ID": order.project, **more}
         # In bytes, so that the locale's encoding does not matter.
         env = {name: value for name, value in os.environb.items() if name.decode("latin-1") not in HIDDEN}
-        more = {"TASK_ID": order.task_id, "PROJECT_ID": order.project, **more}
         env |= {name.encode(): value.encode(errors="replace") for name, value in more.items()}
         if file:
             env[b"ORDER_FILE"] = os.fsencode(file)
-        with self.lock:
-            if self.stopping:
-                raise HookFailed(f"{self.name} was not run, because the poller is stopping")
-            try:
-                process = subprocess.Popen(  # noqa: S603 - no shell, and the user set the command
-                    words,
-                    env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                )
-            except (OSError, ValueError) as error:
-                raise HookFailed(f"{self.name} cannot be run: {error}") from None
-            self.running.add(process)
-            return process
+            words = words if any("{}" in word for word in words) else [*words, "{}"]
+            words = [word.replace("{}", str(file)) for word in words]
+        self.running.add(order)  # before `stopping` is read: either `stop` waits for it, or it does not start
+        try:
+            with tempfile.TemporaryFile() as output:  # not a pipe: its children could keep that open
+                fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)  # so that it can be truncated
+                wrong = self.execute(words, env, output)
+                output.seek(max(0, output.seek(0, os.SEEK_END) - 10_000))
+                text = output.read().decode(errors="replace")
+        except (OSError, ValueError) as error:  # e.g. no space for its output
+            raise HookFailed(f"{self.name} cannot be run: {error}") from None
+        finally:
+            self.running.discard(order)
+        lines = list(filter(None, map(chili.sanitize, text.splitlines())))[-10:]
+        for line in lines[:-1] if wrong else lines:  # the last line is in the error
+            (retry_log if wrong else log).info("%s %s: %s", order.task_id, self.name, line)
+        if wrong:
+            raise HookFailed(": ".join((f"{self.name} {wrong}", *lines[-1:])))
 
-    def wait(self, process: subprocess.Popen[bytes], output: Any) -> str:
-        """Wait until the hook ends. End it at its timeout, or when the poller stops; returns why, else ""."""
+    def execute(self, words: list[str], env: dict[bytes, bytes], output: Any) -> str:
+        """Run a command; end it at its timeout, or when the poller stops. Returns what is wrong, else ""."""
+        if self.stopping:
+            return "was not run, because the poller is stopping"
+        null = subprocess.DEVNULL
+        process = subprocess.Popen(  # noqa: S603 - no shell, and the user set the command
+            words, env=env, stdin=null, stdout=output, stderr=output, start_new_session=True
+        )
         deadline, why = time.monotonic() + self.timeout, ""
-        while process.poll() is None:
-            if os.fstat(output.fileno()).st_size > OUTPUT:  # only while it runs
-                output.truncate(0)
-            if self.stopping and not why:
-                deadline, why = time.monotonic() + 0.8, "was ended because the poller is stopping"
-                signal_session(process.pid, signal.SIGTERM)
-            if time.monotonic() >= deadline:
-                deadline, why = time.monotonic() + 1.0, why or f"took longer than {self.timeout:g} s"
+        try:
+            while process.poll() is None:
+                if os.fstat(output.fileno()).st_size > OUTPUT:  # only while it runs
+                    output.truncate(0)
+                if self.stopping and not why:
+                    deadline, why = time.monotonic() + 0.8, "was ended because the poller is stopping"
+                    signal_session(process.pid, signal.SIGTERM)
+                if time.monotonic() >= deadline:
+                    deadline, why = time.monotonic() + 1.0, why or f"took longer than {self.timeout:g} s"
+                    signal_session(process.pid, signal.SIGKILL)
+                time.sleep(0.05)
+        finally:
+            if why or process.returncode != 0:  # else its children would run alongside the retry
                 signal_session(process.pid, signal.SIGKILL)
-            time.sleep(0.05)
-        return why
+            process.wait()
+        code = process.returncode
+        if code < 0:
+            why = why or f"was killed by signal {-code} ({signal.strsignal(-code)})"
+        return why or (f"exited with code {code}" if code else "")
 
     def stop(self) -> None:
         """End all running hooks, whose exit codes are then ignored, and start no more."""
-        with self.lock:
-            self.stopping = True
+        self.stopping = True
         deadline = time.monotonic() + 5.0
         while self.running and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -637,18 +609,19 @@ class OnFailed(Hook):
     def __init__(self, words: list[str], timeout: float) -> None:
         super().__init__("ON_FAILED", words, timeout)
         self.failures: list[tuple[Order, chili.TaskRejected]] = []  # those it has not run for yet
-        self.pool, self.jobs = ThreadPoolExecutor(1), list[Future[None]]()
+        self.pool = ThreadPoolExecutor(1)
 
     def run_for_all(self) -> None:
-        """Queue it for each of `failures`."""
-        self.jobs = [job for job in self.jobs if not job.done()]
-        self.jobs += [self.pool.submit(self.run_once, *failure) for failure in self.failures]
+        """Queue it for each of `failures`; they are in `running` from now on."""
+        for order, error in self.failures:
+            self.running.add(order)
+            self.pool.submit(self.run_once, order, error)
         self.failures = []
 
     def run_once(self, order: Order, error: chili.TaskRejected) -> None:
         """Runs in a thread. If the hook fails, that is logged, and it is not run again."""
         try:
-            self.run(order, None, STATUS=str(error.status or ""), ERROR=str(error))
+            self.run(order, STATUS=str(error.status or ""), ERROR=str(error))
         except HookFailed as wrong:
             log.error("%s %s; it is not run again", order.task_id, wrong)
 
@@ -677,9 +650,9 @@ class Poller:
     it. An order that has ended is a result in `database` until it is written.
     """
 
-    def __init__(self, settings: Settings, screen: Screen) -> None:
+    def __init__(self, settings: SimpleNamespace, screen: Screen) -> None:
         self.settings = settings
-        self.grafx = settings.grafx()
+        self.token: chili.DangerousToken = settings.grafx.token
         self.database = db.Database(settings.database, check_writable=bool(settings.on_done))
         self.orders: dict[str, Order] = {}
         self.queue: list[tuple[float, str]] = []  # a heap; an entry is stale if its order's `due` differs
@@ -696,16 +669,12 @@ class Poller:
         log.info("GraFx order poller %s: %s, %s, environment %s, files to %s", VERSION, *what)
         handle_stop_signals(self.on_signal)
 
-    @property
-    def once(self) -> bool:
-        return bool(self.settings.once)
-
     def run(self) -> int:
         """Poll until a signal, or with `once` until each order was polled. Returns the exit code."""
         while True:
-            if self.once and self.is_done():
+            if self.settings.once and self.is_done():
                 self.judge()
-            if self.exit_code is not None or (self.once and self.is_done()):
+            if self.exit_code is not None or (self.settings.once and self.is_done()):
                 return self.stop()
             if self.prepare():
                 self.sync_orders()
@@ -715,7 +684,7 @@ class Poller:
 
     def is_done(self) -> bool:
         """With `once`: whether to stop. It does not wait for an outage to end or a database to be fixed."""
-        if self.polling or not all(job.done() for job in self.on_failed.jobs):
+        if self.polling or self.on_failed.running:
             return False
         if self.on_failed.failures and not self.database.problem:
             return False
@@ -723,7 +692,7 @@ class Poller:
             return True
         if not self.database.loaded:
             return bool(self.database.problem)
-        return self.status.ready and not self.orders
+        return self.token.issued and not self.orders
 
     def on_signal(self, *_: object) -> None:
         """Only set a flag and wake the loop: a signal may interrupt anything."""
@@ -754,7 +723,7 @@ class Poller:
         new, gone = self.database.sync()
         if self.database.failures_written:  # else it could run twice for an order not yet under "failed"
             self.on_failed.run_for_all()
-        if self.once and not first:
+        if self.settings.once and not first:
             return
         for task_id, fields in new.items():
             self.add(task_id, fields)
@@ -767,7 +736,7 @@ class Poller:
                 log.info("%d orders %s", len(task_ids), what)
                 continue
             for task_id in task_ids:
-                project = self.orders[task_id].project if task_id in self.orders else ""
+                project = self.orders[task_id].project if task_id in new else ""
                 log.info("%s %s%s", task_id, what, in_project(project))
 
     def add(self, task_id: str, fields: db.Fields) -> None:
@@ -785,16 +754,14 @@ class Poller:
             order.rejected_since = min(now, now - time.time() + since)
             times = record.get("times")
             # The daemon starts the count again, since it does not write each rejection to the file.
-            order.rejections = times if self.once and isinstance(times, int) else 0
+            order.rejections = times if self.settings.once and isinstance(times, int) else 0
         if chili.find_file(self.settings.orders_dir, task_id):
             order.state = WAITING
         self.orders[task_id] = order
         self.requeue(order, 0.0)
 
     def requeue(self, order: Order, pause: float) -> None:
-        """Re-queue an order, to be polled in `pause` seconds; it stays in database.json."""
-        if self.once and order.polled:
-            self.orders.pop(order.task_id, None)
+        """Re-queue an order, to be polled in `pause` seconds."""
         order.due = time.monotonic() + pause
         heapq.heappush(self.queue, (order.due, order.task_id))  # stale if it was removed meanwhile
 
@@ -810,9 +777,9 @@ class Poller:
     def poll_due_orders(self) -> None:
         """Submit due orders to the threads, at most CONCURRENCY at once."""
         now, paused = time.monotonic(), self.outage.pause() > 0
-        if not self.grafx.token.issued and not paused and None not in self.polling.values():
+        if not self.token.issued and not paused and None not in self.polling.values():
             self.submit(None)  # to check the credentials at once
-        if paused or not self.grafx.token.issued:  # a downloaded file does not need GraFx
+        if paused or not self.token.issued:  # a downloaded file does not need GraFx
             here = [order for order in self.orders.values() if order.state == WAITING and order.due <= now]
             for order in here[: max(0, self.settings.concurrency - len(self.polling))]:
                 self.submit(order)
@@ -825,8 +792,8 @@ class Poller:
         if order:
             log.debug("%s polled (project %s)", order.task_id, order.project or "not given")
             order.polled = order.last_progress = time.monotonic()
-            order.due, order.alarms = NEVER, 0
-        future = self.pool.submit(self.poll, order) if order else self.pool.submit(self.grafx.token.get)
+            order.due = NEVER
+        future = self.pool.submit(self.poll, order) if order else self.pool.submit(self.token.get)
         self.polling[future] = order
         future.add_done_callback(self.results.put)
 
@@ -834,15 +801,20 @@ class Poller:
         """Runs in a thread: `chili.order_done`, then ON_DONE if it is set. None while the task renders."""
         folder = self.settings.orders_dir
         try:
-            file = chili.order_done(order.task_id, self.grafx, folder, order.progress)
+            file = chili.order_done(order.task_id, self.settings.grafx, folder, order.progress)
             if file:  # even if it was already here: a process may have been killed after its rename
                 db.sync_folder(folder)
         except OSError as error:
             raise disk_error(folder, error) from None
-        order.download, order.last_progress = "", NEVER
+        order.download = ""
         if file and self.hook.words:
+            order.last_progress = NEVER
             if not self.database.deliveries.writable:  # else it would run again after each restart
                 raise HookFailed("waiting to run ON_DONE until the list of deliveries can be written")
+            if not file.is_file():
+                gone = "its file was taken out of orders before ON_DONE could run"
+                # If something takes each new file, retries are useless.
+                raise chili.TaskRejected(gone, 200, final=True) if order.size else HookFailed(gone)
             self.hook.run(order, file)
         return file
 
@@ -850,7 +822,7 @@ class Poller:
         """Wait for a result, at most until the next order or report is due; then handle all results."""
         if seconds is None:
             seconds, now = self.status.screen.pause, time.monotonic()
-            if self.grafx.token.issued and len(self.polling) < self.settings.concurrency:
+            if self.token.issued and len(self.polling) < self.settings.concurrency:
                 seconds = min(seconds, max(self.next_due() - now, self.outage.pause()))
         with contextlib.suppress(queue.Empty):
             while True:
@@ -865,7 +837,7 @@ class Poller:
             what = order.task_id if order else "the token:"
             retry_log.error("%s unexpected error, please report it", what, exc_info=error)
             error = chili.TryAgainLater(f"unexpected {type(error).__name__}")
-        if isinstance(error, chili.CredentialsRejected) and not self.grafx.token.issued:
+        if isinstance(error, chili.CredentialsRejected) and not self.token.issued:
             log.error("%s", error)
             self.exit_code = os.EX_CONFIG
         if isinstance(error, chili.TryAgainLater) and error.retry_after:
@@ -873,9 +845,7 @@ class Poller:
             self.outage.limited = max(self.outage.limited, time.monotonic() + error.retry_after)
         if order:
             self.handle_order(order, None if error else future.result(), error)
-            return
-        self.status.ready = self.exit_code is None  # the first token request has ended: systemd is notified
-        if self.outage.error and not error:
+        elif not error:
             self.outage.end()
         elif isinstance(error, chili.TryAgainLater) and self.exit_code is None:
             self.outage.begin(error)
@@ -884,13 +854,14 @@ class Poller:
         """Handle the result of an order's poll: its file, an error, or neither."""
         came = order.size > 0 and (error is None or isinstance(error, HookFailed))
         over = self.learn(order, file, error, came)
+        if self.settings.once:  # it was polled; it stays in database.json
+            self.orders.pop(order.task_id, None)
         if order.age > FORGOTTEN and not file:
             error = forgotten(error)
-        if isinstance(error, chili.TaskRejected) and not error.own_reason and self.once:
-            self.orders.pop(order.task_id, None)
-            self.evidence.unjudged.append((order, error))
-            return
         if isinstance(error, chili.TaskRejected):
+            if self.settings.once and not error.own_reason:
+                self.evidence.unjudged.append((order, error))
+                return
             self.rejected(order, error)
         elif isinstance(error, chili.TryAgainLater):
             self.retry_later(order, error)
@@ -901,42 +872,30 @@ class Poller:
         order.size, order.download, order.handled = 0, "", time.monotonic()
         self.status.results[order.state] += 1
         if over or came:  # rejected orders no longer need their long pauses
-            self.hasten(0.0 if over else self.settings.poll_interval)
+            pause = 0.0 if over else self.settings.poll_interval
+            for waiting in map(self.orders.get, [*self.database.failing]):
+                if waiting and order.handled + pause < waiting.due < NEVER:
+                    self.requeue(waiting, pause)
 
     def learn(self, order: Order, file: Path | None, error: BaseException | None, came: bool) -> bool:
         """Note what a poll shows about GraFx and the disk. Returns whether a problem with them has ended.
 
         A 202, a 204, a new file and a rejection for its own reason come from GraFx itself. Any answer ends an
-        outage, unless it affects all orders; a file that was on the disk says nothing.
+        outage that began before its poll, unless it affects all orders; a file that was on the disk says
+        nothing. Only a new file shows that the disk is writable.
         """
-        over = self.end_outage(order, file, error, came)
+        rejected = error if isinstance(error, chili.TaskRejected) else None
+        here = file or isinstance(error, HookFailed)
+        shared = isinstance(error, chili.TryAgainLater) and error.shared
+        answered = came or not (here or shared)
+        fine = came if isinstance(self.outage.error, CannotWrite) else answered
+        over = fine and order.polled >= self.outage.since and self.outage.end()
         if came:
             self.evidence.last_file = time.monotonic()
-        rejected = error if isinstance(error, chili.TaskRejected) else None
-        renders = error is None and not file
-        if came or renders or (rejected and rejected.own_reason):
+        if came or not (file or error) or (rejected and rejected.own_reason):
             over = self.evidence.good() or over
         elif rejected:
             self.evidence.bad(order, rejected)
-        return over
-
-    def hasten(self, pause: float) -> None:
-        """Poll the rejected orders within `pause` seconds."""
-        for order in map(self.orders.get, [*self.database.failing]):
-            if order and time.monotonic() + pause < order.due < NEVER:
-                self.requeue(order, pause)
-
-    def end_outage(self, order: Order, file: Path | None, error: BaseException | None, came: bool) -> bool:
-        """End the outage if this poll began after it and shows that it is over. Returns whether it did."""
-        if self.outage.error is None or order.polled < self.outage.since:
-            return False
-        if isinstance(self.outage.error, CannotWrite):  # only a new file shows that the disk is writable
-            over = came
-        else:  # a file that was already here says nothing about GraFx
-            here = file or isinstance(error, HookFailed)
-            over = came or not (here or (isinstance(error, chili.TryAgainLater) and error.shared))
-        if over:
-            self.outage.end()
         return over
 
     def delivered(self, order: Order, file: Path) -> None:
@@ -959,7 +918,7 @@ class Poller:
 
     def clear(self, order: Order) -> None:
         """The order is no longer rejected: it is rendering, or its file is here."""
-        order.rejected_since, order.rejections, order.suspect = 0.0, 0, False
+        order.rejected_since, order.rejections = 0.0, 0
         self.database.pending(order.task_id)
 
     def rejected(self, order: Order, error: chili.TaskRejected) -> None:
@@ -971,7 +930,10 @@ class Poller:
         counts = error.own_reason or self.evidence.last_file > order.handled
         order.rejections += counts
         enough = order.rejections >= (OWN_REASON if error.own_reason else PERHAPS_LIKE_ALL)
-        left = self.time_left(order)
+        end = order.rejected_since + self.settings.give_up_after
+        if not self.settings.once:  # an old record alone must not make it fail at startup
+            end = max(end, order.seen + min(WITNESSED, self.settings.give_up_after))
+        left = max(0.0, end - now)
         if error.final or (enough and not left):
             self.failed(order, error)
             return
@@ -982,7 +944,7 @@ class Poller:
             text = "%s rejected by GraFx: %s%s; retrying until %s"
             retry_log.warning(text, order.task_id, said, in_project(order.project), until)
         noted = self.database.failing.get(order.task_id)
-        if self.once or not noted or noted.get("status") != error.status:
+        if self.settings.once or not noted or noted.get("status") != error.status:
             seconds = round(time.time() - now + order.rejected_since)
             since = db.stamp(datetime.fromtimestamp(seconds, timezone.utc))
             record = {"status": error.status, "error": str(error), "since": since, "times": order.rejections}
@@ -990,18 +952,10 @@ class Poller:
         longest = self.settings.poll_interval if counts else LONGEST_PAUSE
         self.requeue(order, backoff(order.times, longest))
 
-    def time_left(self, order: Order) -> float:
-        """The least seconds for which a rejected order is still retried."""
-        give_up_after: float = self.settings.give_up_after
-        end = order.rejected_since + give_up_after
-        if not self.once:  # an old record alone must not make it fail at startup
-            end = max(end, order.seen + min(WITNESSED, give_up_after))
-        return max(0.0, end - time.monotonic())
-
     def failed(self, order: Order, error: chili.TaskRejected) -> None:
         """The order is no longer polled."""
         order.enter("failed")
-        known = self.orders.pop(order.task_id, None) or self.once  # else it was removed meanwhile
+        known = self.orders.pop(order.task_id, None) or self.settings.once  # else it was removed meanwhile
         self.database.failed(order.task_id, error.status, str(error))
         log.error("%s failed%s: %s", order.task_id, in_project(order.project), error)
         if self.on_failed.words and known:
@@ -1034,12 +988,12 @@ class Poller:
         wait(self.polling, 0.5 if self.hook.words else 0.05)
         self.handle_results(0.0)
         self.judge()
-        unwritten = self.database.flush(10.0 if self.once else 1.0)
+        unwritten = self.database.flush(10.0 if self.settings.once else 1.0)
         for order, _ in self.on_failed.failures:
             log.error("%s ON_FAILED was not run, because the poller is stopping", order.task_id)
         for file in self.claim.locks.values():
             db.note(file)  # clear the status for `db.py list`
-        if not self.once:
+        if not self.settings.once:
             log.info("stopped, %d pending", len(self.orders) + unwritten)
             return self.exit_code or int(unwritten > 0)
         if self.orders:
@@ -1057,14 +1011,13 @@ class Poller:
             self.rejected(order, error)
             self.status.results[order.state] += 1
         if unjudged and not self.evidence.answered:
-            self.evidence.say([order for order, _ in unjudged])
+            self.evidence.say([order for order, _ in unjudged], unjudged[-1][1])
 
 
 def forgotten(error: BaseException | None) -> BaseException | None:
     """The error to use instead of a poll's own, for an order older than FORGOTTEN."""
-    if isinstance(error, chili.TryAgainLater) and (error.shared or isinstance(error, HookFailed)):
-        return error
-    if isinstance(error, chili.TaskRejected) and error.own_reason:
+    another = isinstance(error, HookFailed) or getattr(error, "shared", False)
+    if another or getattr(error, "own_reason", False):
         return error
     text = f"not finished after 7 days, when GraFx forgets a task; last answer: {error or 204}"
     return chili.TaskRejected(text, getattr(error, "status", None if error else 204), own_reason=True)
@@ -1075,7 +1028,6 @@ class Status:
 
     def __init__(self, screen: Screen) -> None:
         self.screen = screen
-        self.ready = False  # the first token request has ended
         self.results: Counter[str] = Counter()  # the states in which polls ended
         self.last = self.note = ""  # the last delivery; what `db.py list` shows
         self.due = 0.0  # when the next report is due
@@ -1088,91 +1040,81 @@ class Status:
         if self.screen.gone():
             poller.exit_code = 1
         self.due = now + self.screen.pause
-        if not poller.once:  # with `once`, `judge` reports
+        if not poller.settings.once:  # with `once`, `judge` reports
             poller.evidence.report(poller.orders.values())
-        polled = (order for order in poller.polling.values() if order and order.task_id in poller.orders)
-        busy = [order for order in polled if order.download or order.last_progress == NEVER]
-        downloads = [order for order in busy if order.download]
-        states = Counter(order.state for order in poller.orders.values())
-        states -= Counter(order.state for order in busy)
-        states += Counter({"downloading": len(downloads), WAITING: len(busy) - len(downloads)})
+        states = Counter(order.doing for order in poller.orders.values())
         counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
-        whom, problem, due = self.problem(poller, states)
+        whom, problem, due = self.problem(poller)
         if (note := ": ".join(filter(None, (whom, problem)))) != self.note:
             self.note = note
             for file in poller.claim.locks.values():
                 db.note(file, note)
         when = f" in {max(0.0, due - now):.0f} s" if due < NEVER else ""
         wrong = ", ".join(filter(None, (whom, f"retry{when}: {problem}"))) if problem else ""
-        ready = self.ready or now >= self.ready_by
+        tried = poller.claim.complete and (poller.token.issued or bool(poller.outage.error))
+        ready = now >= self.ready_by or tried  # systemd waits until the credentials were tried
         state = "; ".join(filter(None, (wrong, counts or "idle, 0 pending", self.last)))
         state += time.strftime(" (%H:%M:%S)")
         notify("READY=1\n" * ready + f"WATCHDOG=1\nSTATUS={state}")  # WATCHDOG=1 stops if the loop hangs
-        loading = [f"{order.task_id[:8]} {order.download}" for order in downloads]
+        polled = [order for order in poller.polling.values() if order and order.download]
+        loading = [f"{order.task_id[:8]} {order.download}" for order in polled]
         following = f"next poll{when}" if when and not wrong else ""
         self.screen.show(" | ".join(filter(None, (wrong, *loading, counts, following, self.last))))
 
-    def stalled(self, orders: Iterable[Order | None]) -> str:
-        """Log what hangs, once as a warning and once as an error. Returns the text for the first one."""
+    def stalled(self, orders: Iterable[Order | None]) -> list[str]:
+        """Log what hangs, once as a warning and once as an error. Returns the texts."""
         said = []
         for order in filter(None, orders):
             if (silent := time.monotonic() - order.last_progress) >= STALLED:
                 since = time.strftime("%H:%M", time.localtime(time.time() - silent))
                 said.append(f"{order.task_id} has been waiting for its disk or network since {since}")
-                if order.alarms < 1 + (silent >= ALARM):
-                    order.alarms += 1
-                    log.log(logging.ERROR if silent >= ALARM else logging.WARNING, "%s", said[-1])
-        return said[0] if said else ""
+                db.warn_once(said[-1], logging.ERROR if silent >= ALARM else logging.WARNING)
+        return said
 
-    def problem(self, poller: Poller, states: Counter[str]) -> tuple[str, str, float]:
+    def problem(self, poller: Poller) -> tuple[str, str, float]:
         """Whom a current problem affects, what it is, and when the next try is due, in monotonic seconds."""
-        outage, due, whom, reasons = poller.outage, poller.next_due(), "", list[str]()
-        if outage.error and (outage.pause() or poller.polling):  # else no order is left that could end it
-            whom, reasons = "paused", [str(outage.error)]
-        if outage.pause():
-            due = time.monotonic() + outage.pause()
-            whom, reasons = "paused", reasons or ["rate limited by GraFx"]
+        whom, due, reasons = "", poller.next_due(), list[str]()
+        error, pause = poller.outage.error, poller.outage.pause()
+        if pause or (error and poller.polling):  # else no order is left that could end it
+            whom, reasons = "paused", [str(error or "rate limited by GraFx")]
+            due = time.monotonic() + pause if pause else due
         reasons += filter(None, (poller.database.problem, poller.evidence.problem))
-        stuck = []
-        if not reasons and (states["retrying"] or states[WAITING]):
-            orders = poller.orders.values()
-            stuck = [order for order in orders if order.problem and order.state in ("retrying", WAITING)]
-        if stuck:
+        orders = poller.orders.values()
+        stuck = [order for order in orders if order.problem and order.state in ("retrying", WAITING)]
+        if stuck and not reasons:
             due = min(order.due for order in stuck)
             worst = max(stuck, key=lambda order: order.times)
             whom, reasons = plural(len(stuck), "order"), [worst.problem]
-        reasons += filter(None, (self.stalled(poller.polling.values()),))
+        reasons += self.stalled(poller.polling.values())[:1]
         return whom, "; ".join(reasons), due
 
 
 # --- python poller.py ------------------------------------------------------------------------
 
 
-def check(settings: Settings) -> int:
+def check(settings: SimpleNamespace) -> int:
     """Try everything the poller needs, and print what works and what does not. Returns the exit code."""
-    grafx, code, pending = settings.grafx(), 0, list[str]()
+    code, pending = 0, list[str]()
     handle_stop_signals(signal.SIG_DFL)  # an interrupted check must not exit with 0
 
     def database() -> str:
         store = db.rewrite(settings.database)
         prepare_folder(settings.database.parent)
-        if settings.on_done:
-            db.Deliveries(settings.database).check_writable()
         good = store.orders.keys() - store.failing.keys()
         pending.extend(task_id for task_id in store.orders if task_id in (good or store.orders))
         counts = f"{len(good)} pending, {len(store.orders) - len(good)} rejected"
         return f"{settings.database}: {counts}, {len(store.failed)} failed"
 
     def poll() -> str:
-        if not grafx.token.issued:
+        if not settings.grafx.token.issued:
             raise chili.TryAgainLater("not tried: there is no token")
-        return chili.check_environment(grafx, pending[-1] if pending else None)
+        return chili.check_environment(settings.grafx, pending[-1] if pending else None)
 
     steps: dict[str, Callable[[], Any]] = {
         "settings": sources,
         "database": database,
         "folder": lambda: prepare_folder(settings.orders_dir),
-        "token": lambda: grafx.token.get() and f"{settings.token_url} gave a token",
+        "token": lambda: settings.grafx.token.get() and f"{settings.token_url} gave a token",
         "GraFx": poll,
     }
     for name, step in steps.items():
@@ -1191,20 +1133,21 @@ def handle_stop_signals(handler: Any) -> None:
             signal.signal(name, handler)
 
 
-def run(settings: Settings, screen: Screen) -> int:
+def run(settings: SimpleNamespace, screen: Screen) -> int:
     poller = Poller(settings, screen)
     try:
         return poller.run()
     except Exception as error:
-        if few := isinstance(error, RuntimeError) and "thread" in str(error):
-            log.error("%s. %s", error, MORE_THREADS)
-        else:
+        few = isinstance(error, RuntimeError) and "thread" in str(error)
+        if not few:
             log.critical("the poller crashed, please report it", exc_info=True)
         for _ in range(len(poller.polling) + 1):  # a result that crashes the poller must not lose the others
             with contextlib.suppress(Exception):
                 poller.stop()
                 break
-        return 1 if few else os.EX_SOFTWARE
+        if few:
+            raise
+        return os.EX_SOFTWARE
 
 
 def main() -> int:
@@ -1226,12 +1169,9 @@ def main() -> int:
     what.add_argument("--check", action="store_true", help="try everything, and say what to fix")
     parser.add_argument("-v", "--verbose", action="store_true", help="log each request, without any secret")
     given = parser.parse_args()
+    screen = None
     try:
         screen = Screen(given.verbose)
-    except RuntimeError as error:
-        print(f"poller.py: {error}. {MORE_THREADS}", file=sys.stderr)
-        return 1
-    try:
         settings = load_settings()
         settings.once = given.once
         return check(settings) if given.check else run(settings, screen)
@@ -1245,8 +1185,12 @@ def main() -> int:
     except OSError as error:  # e.g. from printing in --check
         log.error("%s", error)
         return 1
+    except RuntimeError as error:  # a thread could not be started
+        log.error("%s. Raise the limit (ulimit -u, systemd's TasksMax=).", error)
+        return 1
     finally:
-        screen.finish()
+        if screen:
+            screen.finish()
 
 
 if __name__ == "__main__":

@@ -184,9 +184,6 @@ def test_check_says_what_is_not_fine(home: Home, fine: tuple[str, ...], code: in
     words = [["ok" if step in fine else "WRONG", step] for step in STEPS]
     assert [line.split()[:2] for line in ended.log().splitlines()] == words
     assert "line 2, column 7" in ended.log()
-    home.wait_for()
-    db.beside(home.database, "delivered").mkdir()
-    assert "delivered: Is a directory." in home.run("--check", ON_DONE="true").log()
 
 
 def test_check_of_what_is_not_there_yet_waits_for_no_editor(home: Home) -> None:
