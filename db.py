@@ -15,11 +15,9 @@ import contextlib
 import errno
 import fcntl
 import functools
-import grp
 import json
 import logging
 import os
-import pwd
 import re
 import signal
 import sys
@@ -39,6 +37,7 @@ GUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 LOOK = 1.0  # seconds between two checks whether database.json changed
 SAVING = 2.0  # seconds for which an editor may still be saving a file that is invalid or missing
 PATIENCE = 10.0  # seconds to wait for another writer, or for an editor to finish saving
+BRIEFLY = 0.2  # seconds for which the poller's loop waits for another writer
 SHARE = 20  # the poller spends at most 1/SHARE of its time on writing the file
 KEPT = 100_000  # deliveries to keep in the list; it is shortened when it has more than twice as many
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
@@ -74,13 +73,12 @@ def env_lines() -> list[Binding]:
     try:
         with place.open(encoding="utf-8-sig") as file:
             return list(parse_stream(file))
-    except OSError as error:
-        # A folder named `.env` is a virtual environment.
-        if isinstance(error, (FileNotFoundError, IsADirectoryError)) and place == HERE / ".env":
+    except (FileNotFoundError, IsADirectoryError) as error:
+        if place == HERE / ".env":  # a folder of this name is a virtual environment
             return []
-        missing = isinstance(error, FileNotFoundError)
-        how = "Check GRAFX_ENV_FILE." if missing else advice(error, place)
-        raise DatabaseError(f"cannot read {place}: {error.strerror}. {how}") from None
+        raise DatabaseError(f"cannot read {place}: {error.strerror}. Check GRAFX_ENV_FILE.") from None
+    except OSError as error:
+        raise DatabaseError(f"cannot read {place}: {error.strerror}. {advice(error, place)}") from None
     except UnicodeDecodeError as error:
         raise DatabaseError(f"cannot read {place}: {error}. Save it as UTF-8.") from None
 
@@ -117,21 +115,17 @@ def advice(error: OSError, place: Path) -> str:
         errno.EBUSY: "It is mounted as a single file: mount its folder.",
         errno.EFBIG: "Raise the limit (ulimit -f).",
         errno.ELOOP: "It is a symbolic link: replace it with a file.",
-        errno.ENOSPC: "Make room.",
-        errno.EDQUOT: "Make room.",
-        errno.ENOTDIR: "It must be a folder.",
-        errno.EEXIST: "It must be a folder.",
-        errno.EMFILE: "Raise the limit (ulimit -n).",
-        errno.ENFILE: "Raise the limit (ulimit -n).",
+        **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room."),
+        **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "It must be a folder."),
+        **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit (ulimit -n)."),
         **dict.fromkeys(UNSUPPORTED, "Its file system has no locks: use another one."),
     }
     if error.errno not in (errno.EACCES, errno.EPERM):
         return known.get(error.errno or 0, "Check its disk.")
     for where in (place, place.parent):
         with contextlib.suppress(OSError, KeyError):
-            stat = where.stat()
-            owner, group = pwd.getpwuid(stat.st_uid).pw_name, grp.getgrgid(stat.st_gid).gr_name
-            mine = f"{where} belongs to {owner}:{group} with mode {stat.st_mode & 0o7777:o}"
+            mode = where.stat().st_mode & 0o7777
+            mine = f"{where} belongs to {where.owner()}:{where.group()} with mode {mode:o}"
             return f"{mine}: run this with sudo, join that group, or fix owner and mode."
     return "Fix the folder's permissions."
 
@@ -347,7 +341,7 @@ class File:
         self.seen: Version = ()  # its version when it was last read
         self.since = 0.0  # when that version was first seen; monotonic, since clocks jump
         self.problem = ""  # with that version: a broken file is parsed again only when it has changed
-        self.existed = False
+        self.existed = False  # whether it was ever read
 
     def changed(self) -> bool:
         """Whether the file has changed, or still has a problem."""
@@ -366,8 +360,7 @@ class File:
         except FileNotFoundError:  # some editors rename a file away before they write the new one
             self._saw(None)
             lock = version(beside(self.path, "lock"))
-            self.existed = self.existed or bool(lock and lock[2])  # see `change`
-            if not self.existed:
+            if not self.existed and not (lock and lock[2]):  # see `change`
                 return Store({"orders": {}, "failed": {}})
             self.problem = f"{self.path} is missing. {PUT_BACK}"
         except OSError as error:
@@ -388,40 +381,34 @@ class File:
 def change(file: File, edit: Callable[[Store], None]) -> Store:
     """The only way to change the file: lock, read, `edit`, write a new one, rename it over the old one.
 
-    Returns the new content. If `edit` changes nothing, nothing is written. `edit` is called again if an
-    editor saved the file meanwhile. Raises DatabaseError; Busy if it may help to try again.
+    Returns the new content. If `edit` changes nothing, nothing is written. Raises DatabaseError; Busy if it
+    may help to try again, as when an editor saved the file meanwhile.
     """
-    with lock(file.path) as held:
-        while True:
-            store = file.read()
-            if file.existed:  # only then: a note in the lock file shows that there was a database
-                note(held)
-            edit(store)
-            if not store.changed:
-                return store
+    path = file.path
+    with lock(path) as held:
+        store = file.read()
+        if file.seen:  # only then: a note in the lock file shows that there was a database
+            note(held)
+        edit(store)
+        if store.changed:
             seen, file.seen = file.seen, ()  # if the write fails, the file is read again
             try:
-                written = _replace(file.path, store.text(), seen)
+                file.seen = _replace(path, store.text(), seen)
             except (ValueError, RecursionError) as error:
-                raise DatabaseError(
-                    f"{file.path} cannot be saved as JSON: {error}. Fix that entry."
-                ) from None
-            if written:
-                note(held)
-                file.seen, file.existed = written, True
-                return store
+                raise DatabaseError(f"{path} cannot be saved as JSON: {error}. Fix that entry.") from None
+            note(held)
+        return store
 
 
 def _replace(path: Path, content: bytes, seen: Version) -> Version:
-    """Replace `path` atomically; returns None if it has changed since `seen`. Raises DatabaseError."""
+    """Replace `path` atomically; returns the new version.
+
+    Raises DatabaseError; Busy if it has changed since `seen`.
+    """
     temp = path.with_name(f".{path.name.removeprefix('.')}.tmp")  # a fixed name: kills leave at most one
     try:
-        try:
-            old = path.stat() if seen else None
-        except FileNotFoundError:  # some editors rename a file away before they write the new one
-            return None
         temp.unlink(missing_ok=True)
-        with os.fdopen(_create(temp, old), "wb") as file:
+        with os.fdopen(_create(temp, path), "wb") as file:
             fd = file.fileno()
             file.write(content)
             file.flush()
@@ -429,7 +416,7 @@ def _replace(path: Path, content: bytes, seen: Version) -> Version:
             written = version(fd)  # before the rename: an editor may save in place right after it
             # An editor does not take the lock. What it saves after this check is lost.
             if version(path) != seen:
-                return None
+                raise Busy(f"{path} was saved by another program meanwhile, try again")
             temp.replace(path)
             sync_folder(path.parent)
             return written
@@ -440,18 +427,21 @@ def _replace(path: Path, content: bytes, seen: Version) -> Version:
             temp.unlink(missing_ok=True)
 
 
-def _create(place: Path, old: os.stat_result | None = None) -> int:
-    """Create a file with the owner, group and mode of `old`, else writable by those who can write the folder.
+def _create(place: Path, like: Path) -> int:
+    """Create a file with the owner, group and mode of another one.
 
-    Raises OSError, also if the file exists.
+    If that is missing, those who can write the folder can write the file. Raises OSError, also if it exists.
     """
+    old = None
+    with contextlib.suppress(FileNotFoundError):
+        old = like.stat()
     fd = os.open(place, OPEN | os.O_CREAT | os.O_EXCL, 0o666)
     folder = place.parent.stat()
-    like, mode = old or folder, old.st_mode if old else os.fstat(fd).st_mode
+    model, mode = old or folder, old.st_mode if old else os.fstat(fd).st_mode
     if not old and folder.st_mode & 0o020:
         mode |= 0o060
     # Best effort: perhaps only one of them can be set, and some file systems have neither.
-    for owner, group in ((-1, like.st_gid), (like.st_uid, -1)):
+    for owner, group in ((-1, model.st_gid), (model.st_uid, -1)):
         with contextlib.suppress(OSError):
             os.fchown(fd, owner, group)
     with contextlib.suppress(OSError):
@@ -462,7 +452,7 @@ def _create(place: Path, old: os.stat_result | None = None) -> int:
 def _open(place: Path) -> int:
     """Open a file beside the database to read and append; create it if it is missing. Raises OSError."""
     try:
-        return _create(place)
+        return _create(place, place)
     except FileExistsError:
         return os.open(place, OPEN)
 
@@ -523,7 +513,7 @@ def hold(place: Path, busy: str) -> TextIO:
 
 
 @contextlib.contextmanager
-def lock(path: Path, patience: float = 0.2) -> Iterator[TextIO]:
+def lock(path: Path, patience: float = BRIEFLY) -> Iterator[TextIO]:
     """Hold the lock for writing `database.json` and the files beside it. Raises as `hold` does.
 
     patience: seconds to wait for another program.
@@ -595,9 +585,9 @@ class Deliveries:
             else:
                 self.ids[order] = (when + b" " + name).decode("utf-8", "replace")
 
-    def check_writable(self) -> None:
+    def check_writable(self, patience: float = BRIEFLY) -> None:
         """Append an empty line to the list and remove it again. Raises DatabaseError if that fails."""
-        with lock(self.database):  # other programs append under this lock
+        with lock(self.database, patience):  # other programs append under this lock
             self.add({})
 
     def add(self, files: Mapping[str, str]) -> None:
@@ -644,20 +634,19 @@ class Deliveries:
 
 @dataclass
 class _Unwritten:
-    """Results that are not in the file yet. Times are monotonic seconds."""
+    """Results that are not in the file yet."""
 
     delivered: dict[str, str] = field(default_factory=dict)  # task id to file name, not listed yet
     listed: set[str] = field(default_factory=set)  # in the list, to be removed from the file
     failed: dict[str, tuple[int | None, str]] = field(default_factory=dict)
-    failing: bool = False  # whether "failing" must be written
-    pause: float = 0.0  # when the file may be written again
-    busy_since: float | None = None  # if the file or the lock is busy
+    other: bool = False  # whether anything else has to change in the file
+    pause: float = 0.0  # when the file may be written again, in monotonic seconds
 
     def ended(self) -> set[str]:
         return self.delivered.keys() | self.listed | self.failed.keys()
 
     def __bool__(self) -> bool:
-        return bool(self.ended() or self.failing)
+        return bool(self.ended() or self.other)
 
 
 class Database:
@@ -669,99 +658,94 @@ class Database:
 
     def __init__(self, path: Path, check_writable: bool) -> None:
         self.file, self.deliveries = File(path), Deliveries(path)
+        self.deliveries.writable = not check_writable
         self.failing: dict[str, Fields] = {}  # the records of rejected orders, as the file should have them
         self.loaded = False  # whether the file was ever read
         self.problem = ""  # the current problem with the file or the list
         self._unwritten = _Unwritten()
-        self._known: set[str] = set()  # the orders that the loop has been given
-        self._look = 0.0  # when to check the file again, in monotonic seconds
-        self.deliveries.writable = not check_writable
+        self._look = 0.0  # when to look at the file again, in monotonic seconds
+        self._free = time.monotonic()  # when the file and its lock were last not busy
 
     def delivered(self, task_id: str, file: str) -> None:
         """The order's file is complete and on the disk, and ON_DONE has succeeded."""
-        self._known.discard(task_id)
         self._unwritten.delivered[task_id] = file
 
     def failed(self, task_id: str, status: int | None, error: str) -> None:
         """The order is no longer polled."""
-        self._known.discard(task_id)
         self._unwritten.failed[task_id] = (status, error)
 
     def rejected(self, task_id: str, record: Fields) -> None:
         """The order is retried; meanwhile its record is under "failing"."""
-        self.failing[task_id], self._unwritten.failing = record, True
+        self.failing[task_id], self._unwritten.other = record, True
 
     def pending(self, task_id: str) -> None:
         """The order is no longer rejected."""
         if self.failing.pop(task_id, None) is not None:
-            self._unwritten.failing = True
+            self._unwritten.other = True
 
     @property
     def failures_written(self) -> bool:
         """Whether every failed order is under "failed" in the file."""
         return not self._unwritten.failed
 
-    def sync(self) -> tuple[dict[str, Fields], set[str]]:
+    def sync(self, known: Collection[str] = ()) -> tuple[dict[str, Fields], set[str]]:
         """List deliveries at once; each LOOK write the other results, and read what others changed.
 
-        Returns the new orders and the removed ones.
+        known: the pending orders that the loop has. Returns those it lacks, and those that were removed.
         """
         now = time.monotonic()
         if now < self._look:
-            if self._unwritten.delivered and not self.problem:
+            if not self.problem:
                 with contextlib.suppress(DatabaseError):  # the next look reports it
                     self._list()
             return {}, set()
         self._look = now + LOOK
+        store, wrong = None, None
+        for step in (self._prepare, self._write, self._read):  # each, even if the one before it failed
+            try:
+                store = step() or store
+            except DatabaseError as error:
+                wrong = wrong or error
+        if not (busy := isinstance(wrong, Busy)):
+            self._free = now
+        if not busy or now >= self._free + PATIENCE:  # before that, the problem is neither new nor over
+            self._report(str(wrong or ""))
+        return self._compare(store, known) if store else ({}, set())
+
+    def _prepare(self) -> None:
+        """At the start, shorten the list, and see whether it can be written: ON_DONE waits for that."""
         if not self.loaded:
             self.deliveries.shorten()
-        store, problem = self._write()
-        if not store:  # even if writing failed: others may have added orders
-            store, unreadable = self._read()
-            problem = problem or unreadable
-        if problem or not self._unwritten:
-            self._report(problem)
-        return self._compare(store) if store else ({}, set())
+        if not self._unwritten.delivered and not self.deliveries.writable:
+            self.deliveries.check_writable(BRIEFLY if self.loaded else PATIENCE)
 
-    def _write(self) -> tuple[Store | None, str]:
-        """Write the results. Returns what was written, or the problem."""
-        now, store = time.monotonic(), None
-        try:
-            if not self._unwritten.delivered and not self.deliveries.writable:
-                _patiently(self.deliveries.check_writable, 0.0 if self.loaded else PATIENCE)
-            self._list()
-            if self._unwritten and now >= self._unwritten.pause:
-                store = self._save()
-        except Busy as error:
-            if self._unwritten.busy_since is None:
-                self._unwritten.busy_since = now
-            return None, str(error) if now >= self._unwritten.busy_since + PATIENCE else self.problem
-        except DatabaseError as error:
-            return None, str(error)
-        self._unwritten.busy_since = None
-        return store, ""
+    def _write(self) -> Store | None:
+        """List the deliveries, then write all results, unless too much time was spent on that."""
+        self._list()
+        begun = time.monotonic()
+        if not self._unwritten or begun < self._unwritten.pause:
+            return None
+        store = change(self.file, self._edit)
+        self._unwritten = _Unwritten(pause=begun + SHARE * (time.monotonic() - begun))
+        return store
 
-    def _read(self) -> tuple[Store | None, str]:
-        """The file's content if it has changed, or why it cannot be read."""
+    def _read(self) -> Store | None:
+        """Read the file if it has changed, and see whether it has to be written."""
         if not self.file.changed():
-            return None, ""
-        try:
-            store = self.file.read()
-            self._find_delivered(store)
-            return store, ""
-        except Busy:
-            return None, self.problem  # the problem is neither new nor over
-        except DatabaseError as error:
-            return None, str(error)
+            return None
+        store = self.file.read()
+        self._edit(store)
+        self._unwritten.other = store.changed
+        store.take(self._unwritten.delivered)  # they stay in the file until they are listed
+        return store
 
     def flush(self, patience: float) -> int:
         """Try for `patience` seconds to write everything. Returns how many results are not written."""
-        if self._unwritten:
-            try:
-                self._list()
-                _patiently(self._save, patience)
-            except DatabaseError as error:
-                self._report(str(error))
+        self._unwritten.pause = 0.0
+        try:
+            _patiently(self._write, patience)
+        except DatabaseError as error:
+            self._report(str(error))
         return len(self._unwritten.ended())
 
     def _report(self, problem: str) -> None:
@@ -778,46 +762,32 @@ class Database:
             self._unwritten.listed |= delivered.keys()
             delivered.clear()
 
-    def _save(self) -> Store:
-        """Write the results to the file."""
-        begun = time.monotonic()
-        store = change(self.file, self._edit)
-        self._unwritten = _Unwritten(pause=begun + SHARE * (time.monotonic() - begun))
-        return store
-
     def _edit(self, store: Store) -> None:
-        self._find_delivered(store)
-        store.take(self._unwritten.listed)
-        store.fail(self._unwritten.failed)
-        store.set_failing({name: record for name, record in self.failing.items() if name in store.orders})
-
-    def _find_delivered(self, store: Store) -> None:
-        """Find the orders in the file that were delivered, and log those that were added again."""
+        """Take out the orders that have ended, and set "failing"."""
         self.deliveries.refresh()  # after reading the file: `retry` writes the list first, then the file
         listed = {store.ids[name] for name in store.ids.keys() & self.deliveries.ids.keys()}
-        again = listed - self._unwritten.listed
-        self._unwritten.listed = listed
-        if again:
+        if again := listed - self._unwritten.listed:
             what = f"{again.pop()} was" if len(again) == 1 else f"{len(again)} orders were"
             # At startup, perhaps nobody re-added it: a process was killed before it could remove it.
             how = "re-added although delivered; removed again" if self.loaded else "delivered before; removed"
             log.warning("%s %s", what, how)
+        self._unwritten.listed = listed
+        store.take(listed)
+        store.fail(self._unwritten.failed)
+        records = self.failing if self.loaded else store.failing
+        self.failing = {name: record for name, record in records.items() if name in store.orders}
+        store.set_failing(self.failing)
 
-    def _compare(self, store: Store) -> tuple[dict[str, Fields], set[str]]:
-        """The orders that are new to the loop, and those removed. Takes the ended ones from `store`."""
-        store.take(self._unwritten.ended())
-        new = {task_id: fields for task_id, fields in store.orders.items() if task_id not in self._known}
-        gone, self._known = self._known - store.orders.keys(), set(store.orders)
-        first, self.loaded = not self.loaded, True
-        records = store.failing if first else self.failing
-        self.failing = {task_id: record for task_id, record in records.items() if task_id in store.orders}
-        self._unwritten.failing = self.failing != store.failing  # others may have changed it
-        if first:
+    def _compare(self, store: Store, known: Collection[str]) -> tuple[dict[str, Fields], set[str]]:
+        """The orders that the loop lacks, and those that are no longer in the file."""
+        new = {task_id: fields for task_id, fields in store.orders.items() if task_id not in known}
+        if not self.loaded:
+            self.loaded = True
             counts = f"{len(new) - len(self.failing)} pending, {len(self.failing)} rejected"
             log.info("%s, %d failed, %d delivered", counts, len(store.failed), len(self.deliveries.ids))
         for entry in store.invalid:
             warn_once(f"ignored an entry without a valid task id: {entry}")
-        return new, gone
+        return new, set(known) - store.orders.keys()
 
 
 # --- what other programs call ----------------------------------------------------------------
@@ -869,18 +839,13 @@ def add_order(task_id: str, project_id: str | None = None, path: Path | None = N
         raise ValueError(f"{task_id!r} is not a task id: letters, digits, '.', '_' and '-', at most 128")
     if not isinstance(project_id, (str, type(None))):
         raise ValueError(f"the project id {project_id!r} is not a string")
-    path, new = _real(path), False
-    deliveries = Deliveries(path)
+    path = _real(path)
 
     def add(store: Store) -> None:
-        nonlocal new
-        deliveries.refresh()
-        new = key(task_id) not in store.ids and key(task_id) not in deliveries.ids
-        if new:
+        if key(task_id) not in store.ids and key(task_id) not in Deliveries(path).ids:
             store.put(task_id, {"projectID": project_id} if project_id else {}, new=True)
 
-    edit(path, add)
-    return new
+    return edit(path, add).changed
 
 
 def remove_order(task_id: str, path: Path | None = None) -> None:
@@ -899,15 +864,14 @@ def retry_orders(
 
     def again(store: Store) -> None:
         failed, deliveries = store.failed, Deliveries(path)
+        moved[:] = filter(is_task_id, failed)
         if task_id is None:
-            named = [name for name in failed if is_task_id(name)]
-            moved[:] = [name for name in named if str(failed[name].get("failed", "")) >= first]
+            moved[:] = [name for name in moved if str(failed[name].get("failed", "")) >= first]
         else:
-            wanted = key(task_id)
-            moved[:] = [name for name in failed if is_task_id(name) and key(name) == wanted]
+            moved[:] = [name for name in moved if key(name) == key(task_id)]
             # Listed to be delivered again, but not pending: an earlier retry was interrupted.
-            lost = wanted in deliveries.again and wanted not in store.ids
-            if not moved and (lost or wanted in deliveries.ids):
+            lost = key(task_id) in deliveries.again - store.ids.keys()
+            if not moved and (lost or key(task_id) in deliveries.ids):
                 moved.append(task_id)
         if listed := {name: "-" for name in moved if key(name) in deliveries.ids}:
             deliveries.add(listed)  # before it is pending, else the poller would remove it

@@ -720,7 +720,7 @@ class Poller:
     def sync_orders(self) -> None:
         """Write the results; apply which orders others added to the file or removed from it."""
         first = not self.database.loaded
-        new, gone = self.database.sync()
+        new, gone = self.database.sync(self.orders)
         if self.database.failures_written:  # else it could run twice for an order not yet under "failed"
             self.on_failed.run_for_all()
         if self.settings.once and not first:
