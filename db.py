@@ -351,31 +351,30 @@ class File:
 
     def read(self) -> Store:
         """Read the file. Raises Busy if it may be half saved, DatabaseError."""
+        seen, raw = None, b""
         try:
-            with self.path.open("rb") as file:
-                self.existed = True
-                self._saw(version(file.fileno()))
-                if not self.problem:
-                    return _parse(file.read())
-        except FileNotFoundError:  # some editors rename a file away before they write the new one
-            self._saw(None)
+            with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+                seen, raw = version(file.fileno()), file.read()
             lock = version(beside(self.path, "lock"))
-            if not self.existed and not (lock and lock[2]):  # see `change`
-                return Store({"orders": {}, "failed": {}})
-            self.problem = f"{self.path} is missing. {PUT_BACK}"
         except OSError as error:
             self.seen = ()
             how = advice(error, self.path)
             raise DatabaseError(f"cannot read {self.path}: {error.strerror}. {how}") from None
+        if seen != self.seen:
+            self.seen, self.since, self.problem = seen, time.monotonic(), ""
+        if not seen:  # some editors rename a file away before they write the new one
+            if not self.existed and not (lock and lock[2]):  # see `change`
+                return Store({"orders": {}, "failed": {}})
+            self.problem = f"{self.path} is missing. {PUT_BACK}"
+        self.existed = True
+        try:
+            if not self.problem:
+                return _parse(raw)
         except (ValueError, RecursionError) as error:
             what = "it is nested too deeply" if isinstance(error, RecursionError) else error
             self.problem = f"{self.path}: {what}. It is left as it is: fix it."
         young = time.monotonic() < self.since + SAVING
         raise (Busy if young else DatabaseError)(self.problem)
-
-    def _saw(self, seen: Version) -> None:
-        if seen != self.seen:
-            self.seen, self.since, self.problem = seen, time.monotonic(), ""
 
 
 def change(file: File, edit: Callable[[Store], None]) -> Store:
