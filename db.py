@@ -203,15 +203,15 @@ class Store:
         if new and not bare:
             fields = {**fields, "added": stamp()}
         self.orders[task_id], self.ids[key(task_id)], self.changed = fields, task_id, True
+        entry = {"taskID": task_id, **fields}
         if isinstance(items, dict):
             items[task_id] = fields
         elif bare:
             items.append(task_id)
-        elif "taskID" in fields or items is not self.data["orders"]:
-            # The order has its own `taskID` field, or the orders are a Map.
-            items.append([task_id, {"taskID": task_id, **fields}])
+        elif "taskID" in fields or items is not self.data["orders"]:  # it has one of its own; or a Map
+            items.append([task_id, entry])
         else:
-            items.append({"taskID": task_id, **fields})
+            items.append(entry)
 
     def take(self, task_ids: Iterable[str]) -> None:
         """Remove pending orders, in each spelling, and their records under "failing" and "failed"."""
@@ -220,14 +220,12 @@ class Store:
             return
         for same in gone:
             del self.orders[self.ids.pop(same)]
-        places = [self.data.get("failing", {}), self.data.get("failed", {})]
-        if isinstance(self.items, dict):
-            places.append(self.items)
-        else:
-            self.items[:] = [item for item in self.items if key(_entry(item)[0] or "") not in gone]
-        for place in places:
-            for name in [name for name in place if key(name) in gone]:
-                del place[name]
+        for place in (self.data.get("failing", {}), self.data.get("failed", {}), self.items):
+            if isinstance(place, list):
+                place[:] = [item for item in place if key(_entry(item)[0] or "") not in gone]
+            else:
+                for name in [name for name in place if key(name) in gone]:
+                    del place[name]
         self.changed = True
 
     def fail(self, failures: Mapping[str, tuple[int | None, str]]) -> None:
@@ -275,17 +273,12 @@ def _records(entries: Fields) -> dict[str, Fields]:
 
 
 def _entry(item: Any) -> tuple[str | None, Fields]:
-    """The task id and fields of an entry; the id is None if the entry is not an order.
-
-    In an object, an entry is a key and its value. In a list, it is an id, an object with `taskID`, or a pair.
-    """
+    """The task id and fields of an entry; the id is None if the entry is not an order."""
     task_id, fields = item, {}
-    if isinstance(item, tuple):
-        task_id, fields = item
+    if isinstance(item, tuple) or (isinstance(item, list) and len(item) == 2 and isinstance(item[1], dict)):
+        task_id, fields = item  # a key of an object and its value, or a pair in a list
     elif isinstance(item, dict):
         task_id, fields = item.get("taskID"), item
-    elif isinstance(item, list) and len(item) == 2 and isinstance(item[1], dict):
-        task_id, fields = item
     if not isinstance(fields, dict):
         fields = {} if fields is None else {"order": fields}
     if fields.get("taskID") == task_id:  # it only repeats the id
@@ -584,15 +577,11 @@ class Deliveries:
             else:
                 self.ids[order] = (when + b" " + name).decode("utf-8", "replace")
 
-    def check_writable(self, patience: float = BRIEFLY) -> None:
-        """Append an empty line to the list and remove it again. Raises DatabaseError if that fails."""
-        with lock(self.database, patience):  # other programs append under this lock
-            self.add({})
-
     def add(self, files: Mapping[str, str]) -> None:
         """List deliveries (task id to file name); when this returns they are on the disk.
 
-        Raises DatabaseError; then some of them may be listed, and all can be listed again.
+        Raises DatabaseError; then some of them may be listed, and all can be listed again. With none of
+        them, this only checks that the list can be written; it needs the lock, since it truncates the list.
         """
         lines = [f"{stamp()} {task_id} {name}\n" for task_id, name in files.items()] or ["\n"]
         content = "".join(lines).encode("utf-8", "backslashreplace")
@@ -716,7 +705,8 @@ class Database:
         if not self.loaded:
             self.deliveries.shorten()
         if not self._unwritten.delivered and not self.deliveries.writable:
-            self.deliveries.check_writable(BRIEFLY if self.loaded else PATIENCE)
+            with lock(self.file.path, BRIEFLY if self.loaded else PATIENCE):
+                self.deliveries.add({})
 
     def _write(self) -> Store | None:
         """List the deliveries, then write all results, unless too much time was spent on that."""
