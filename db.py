@@ -799,19 +799,19 @@ def _real(path: Path | None) -> Path:
         raise DatabaseError(f"DATABASE {error}") from None
 
 
-def rewrite(path: Path) -> Store:
-    """Rewrite the file unchanged, if there is one, to check that it can be written. Raises DatabaseError."""
-    store = read(path)
-    with lock(path, PATIENCE):
-        if seen := version(path):
-            _replace(path, path.read_bytes(), seen)
-    return store
-
-
 def edit(path: Path, how: Callable[[Store], None]) -> Store:
     """`change` for other programs; it waits while an editor saves the file or the lock is taken."""
     file = File(path)
     return _patiently(lambda: change(file, how), PATIENCE)
+
+
+def rewrite(path: Path) -> Store:
+    """Write the file, if there is one, as the poller would, with the same content. Raises DatabaseError."""
+
+    def touch(store: Store) -> None:
+        store.changed = path.exists()
+
+    return edit(path, touch)
 
 
 def get_orders(path: Path | None = None) -> dict[str, Fields]:
