@@ -73,12 +73,12 @@ def env_lines() -> list[Binding]:
     try:
         with place.open(encoding="utf-8-sig") as file:
             return list(parse_stream(file))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        if place == HERE / ".env":  # a folder of this name is a virtual environment
-            return []
-        raise DatabaseError(f"cannot read {place}: {error.strerror}. Check GRAFX_ENV_FILE.") from None
     except OSError as error:
-        raise DatabaseError(f"cannot read {place}: {error.strerror}. {advice(error, place)}") from None
+        missing = isinstance(error, (FileNotFoundError, IsADirectoryError))
+        if missing and place == HERE / ".env":  # a folder of this name is a virtual environment
+            return []
+        how = "Check GRAFX_ENV_FILE." if missing else advice(error, place)
+        raise DatabaseError(f"cannot read {place}: {error.strerror}. {how}") from None
     except UnicodeDecodeError as error:
         raise DatabaseError(f"cannot read {place}: {error}. Save it as UTF-8.") from None
 
@@ -393,10 +393,7 @@ def change(file: File, edit: Callable[[Store], None]) -> Store:
 
 
 def _replace(path: Path, content: bytes, seen: Version) -> Version:
-    """Replace `path` atomically; returns the new version.
-
-    Raises DatabaseError; Busy if it has changed since `seen`.
-    """
+    """Replace `path` atomically; returns its version. Raises DatabaseError; Busy if it is not `seen`."""
     temp = path.with_name(f".{path.name.removeprefix('.')}.tmp")  # a fixed name: kills leave at most one
     try:
         temp.unlink(missing_ok=True)
@@ -420,17 +417,13 @@ def _replace(path: Path, content: bytes, seen: Version) -> Version:
 
 
 def _create(place: Path, like: Path) -> int:
-    """Create a file with the owner, group and mode of another one.
-
-    If that is missing, those who can write the folder can write the file. Raises OSError, also if it exists.
-    """
-    old = None
+    """Create a file with the rights of another one, else of its folder. Raises OSError, also if it exists."""
+    folder, old = place.parent.stat(), None
     with contextlib.suppress(FileNotFoundError):
         old = like.stat()
     fd = os.open(place, OPEN | os.O_CREAT | os.O_EXCL, 0o666)
-    folder = place.parent.stat()
-    model, mode = old or folder, old.st_mode if old else os.fstat(fd).st_mode
-    if not old and folder.st_mode & 0o020:
+    model, mode = old or folder, (old or os.fstat(fd)).st_mode
+    if not old and folder.st_mode & 0o020:  # those who can write the folder can write the file
         mode |= 0o060
     # Best effort: perhaps only one of them can be set, and some file systems have neither.
     for owner, group in ((-1, model.st_gid), (model.st_uid, -1)):
@@ -467,10 +460,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _patiently(step: Callable[[], Given], patience: float) -> Given:
-    """Return `step()`; retry for `patience` seconds while it raises Busy.
-
-    Each try opens a lock file anew, so nobody waits for one that was removed.
-    """
+    """Return `step()`; retry for `patience` seconds while it raises Busy."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -487,10 +477,9 @@ def read(path: Path) -> Store:
 
 
 def hold(place: Path, busy: str) -> TextIO:
-    """Lock this file, which is never replaced; create it if it is missing.
+    """Lock this file, and create it if it is missing. The kernel unlocks it however the process ends.
 
-    The kernel releases the lock however the process ends. Raises DatabaseError; if another process has the
-    lock, Busy with the text `busy` and that process.
+    Raises DatabaseError; if another process has the lock, Busy with the text `busy` and that process.
     """
     try:
         file = os.fdopen(_open(place), "r+")
@@ -506,11 +495,9 @@ def hold(place: Path, busy: str) -> TextIO:
 
 @contextlib.contextmanager
 def lock(path: Path, patience: float = BRIEFLY) -> Iterator[TextIO]:
-    """Hold the lock for writing `database.json` and the files beside it. Raises as `hold` does.
-
-    patience: seconds to wait for another program.
-    """
+    """Hold the lock for writing `database.json` and the files beside it; wait for it. Raises as `hold`."""
     busy = f"{path} is being written by another program, try again"
+    # Each try opens the file anew: nobody waits for one that was removed.
     with _patiently(lambda: hold(beside(path, "lock"), busy), patience) as file:
         try:
             yield file
@@ -932,7 +919,6 @@ def open_streams() -> None:
     os.close(fd)
     sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
-    # Escape what the terminal's encoding does not have.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
@@ -949,9 +935,8 @@ def main() -> int:
     what = retry.add_mutually_exclusive_group(required=True)
     what.add_argument("task_id", metavar="TASK_ID", nargs="?", help="an order that failed or was delivered")
     what.add_argument("--all", action="store_true", help="all failed orders")
-    what.add_argument(
-        "--since", metavar="UTC", type=utc, help="those that failed since then, as in 2026-01-31T12:00:00Z"
-    )
+    since = "those that failed since then, as in 2026-01-31T12:00:00Z"
+    what.add_argument("--since", metavar="UTC", type=utc, help=since)
     given = parser.parse_args()
     for name in (signal.SIGPIPE, signal.SIGINT):  # `db.py list | head` and Ctrl-C are not errors
         signal.signal(name, signal.SIG_DFL)
