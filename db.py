@@ -163,10 +163,23 @@ class Store:
     """The content of `database.json`. `orders` maps a pending order's task id to its fields.
 
     The orders may be in an object, in a list, or in the workshop's {"dataType": "Map", "value": [ … ]};
-    the methods keep that shape, and set `changed` if there is something to write. Raises ValueError.
+    the methods keep that shape, and set `changed` if there is something to write.
     """
 
-    def __init__(self, data: Fields) -> None:
+    def __init__(self, raw: bytes) -> None:
+        """Parse the file. Raises ValueError that says what is wrong, RecursionError."""
+        if not raw.strip(b" \t\r\n\xef\xbb\xbf"):
+            # Not an empty store: an editor or a command may have truncated the file and not written it yet.
+            raise ValueError(f"it is empty. {PUT_BACK}")
+        try:
+            data = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"byte {error.start + 1} is not UTF-8") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+        for name in ("failing", "failed"):
+            if not isinstance(data, dict) or not isinstance(data.get(name, {}), dict):
+                raise ValueError('it must be an object, and so must its "failing" and "failed"')
         items = data.setdefault("orders", {})
         if isinstance(items, dict) and items.get("dataType") == "Map":
             items = items["value"] if isinstance(items.get("value"), list) else None
@@ -286,23 +299,6 @@ def _entry(item: Any) -> tuple[str | None, Fields]:
     return (task_id, fields) if is_task_id(task_id) else (None, {})
 
 
-def _parse(raw: bytes) -> Store:
-    """Parse the file. Raises ValueError that says what is wrong, RecursionError."""
-    if not raw.strip(b" \t\r\n\xef\xbb\xbf"):
-        # Not an empty store: an editor or a command may have truncated the file and not written it yet.
-        raise ValueError(f"it is empty. {PUT_BACK}")
-    try:
-        data = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1} is not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
-    for name in ("failing", "failed"):
-        if not isinstance(data, dict) or not isinstance(data.get(name, {}), dict):
-            raise ValueError('it must be an object, and so must its "failing" and "failed"')
-    return Store(data)
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> Fields:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -357,12 +353,12 @@ class File:
             self.seen, self.since, self.problem = seen, time.monotonic(), ""
         if not seen:  # some editors rename a file away before they write the new one
             if not self.existed and not (lock and lock[2]):  # see `change`
-                return Store({"orders": {}, "failed": {}})
+                return Store(b'{"orders": {}, "failed": {}}')
             self.problem = f"{self.path} is missing. {PUT_BACK}"
         self.existed = True
         try:
             if not self.problem:
-                return _parse(raw)
+                return Store(raw)
         except (ValueError, RecursionError) as error:
             what = "it is nested too deeply" if isinstance(error, RecursionError) else error
             self.problem = f"{self.path}: {what}. It is left as it is: fix it."
