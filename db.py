@@ -344,7 +344,7 @@ class File:
         try:
             with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
                 seen, raw = version(file.fileno()), file.read()
-            lock = version(beside(self.path, "lock"))
+            note = version(beside(self.path, "lock"))
         except OSError as error:
             self.seen = ()
             how = advice(error, self.path)
@@ -352,7 +352,7 @@ class File:
         if seen != self.seen:
             self.seen, self.since, self.problem = seen, time.monotonic(), ""
         if not seen:  # some editors rename a file away before they write the new one
-            if not self.existed and not (lock and lock[2]):  # see `change`
+            if not self.existed and not (note and note[2]):  # see `change`
                 return Store(b'{"orders": {}, "failed": {}}')
             self.problem = f"{self.path} is missing. {PUT_BACK}"
         self.existed = True
@@ -369,8 +369,7 @@ class File:
 def change(file: File, edit: Callable[[Store], None]) -> Store:
     """The only way to change the file: lock, read, `edit`, write a new one, rename it over the old one.
 
-    Returns the new content. If `edit` changes nothing, nothing is written. Raises DatabaseError; Busy if it
-    may help to try again, as when an editor saved the file meanwhile.
+    If `edit` changes nothing, nothing is written. Raises DatabaseError; Busy if it may help to try again.
     """
     path = file.path
     with lock(path) as held:
@@ -589,9 +588,7 @@ class Deliveries:
         self._understand(content)  # not read back: that could fail, and the order would be delivered twice
 
     def shorten(self) -> None:
-        """Keep the newest KEPT lines if more than twice as many orders are listed."""
-        if len(self.ids) <= 2 * KEPT:
-            return
+        """Keep the newest KEPT lines."""
         try:
             with lock(self.database, PATIENCE):
                 lines = self.path.read_bytes().splitlines(keepends=True)
@@ -685,7 +682,7 @@ class Database:
 
     def _prepare(self) -> None:
         """At the start, shorten the list, and see whether it can be written: ON_DONE waits for that."""
-        if not self.loaded:
+        if not self.loaded and len(self.deliveries.ids) > 2 * KEPT:
             self.deliveries.shorten()
         if not self._unwritten.delivered and not self.deliveries.writable:
             with lock(self.file.path, BRIEFLY if self.loaded else PATIENCE):
@@ -836,14 +833,13 @@ def retry_orders(
 
     def again(store: Store) -> None:
         failed, deliveries = store.failed, Deliveries(path)
-        moved[:] = filter(is_task_id, failed)
+        names = filter(is_task_id, failed)
         if task_id is None:
-            moved[:] = [name for name in moved if str(failed[name].get("failed", "")) >= first]
+            moved[:] = [name for name in names if str(failed[name].get("failed", "")) >= first]
         else:
-            moved[:] = [name for name in moved if key(name) == key(task_id)]
-            # Listed to be delivered again, but not pending: an earlier retry was interrupted.
-            lost = key(task_id) in deliveries.again - store.ids.keys()
-            if not moved and (lost or key(task_id) in deliveries.ids):
+            moved[:] = [name for name in names if key(name) == key(task_id)]
+            interrupted = deliveries.again - store.ids.keys()  # an earlier retry only came as far as the list
+            if not moved and key(task_id) in deliveries.ids.keys() | interrupted:
                 moved.append(task_id)
         if listed := {name: "-" for name in moved if key(name) in deliveries.ids}:
             deliveries.add(listed)  # before it is pending, else the poller would remove it
