@@ -1,8 +1,5 @@
 """Reads and writes `database.json`: the pending, rejected and failed orders. It does not use the network.
 
-    import db
-    db.add_order("84ad7436-f82f-4e87-8cd3-37299e37878c", "my-project")
-
 People and programs may change the file while the poller runs, so no cached copy is ever written:
 `change` reads the file, edits it, and replaces it atomically. Delivered orders are listed in a file
 beside it. If a file cannot be read or written, DatabaseError is raised.
