@@ -223,13 +223,11 @@ class Store:
         else:
             items.append(entry)
 
-    def take(self, task_ids: Iterable[str]) -> None:
-        """Remove pending orders, in each spelling, and their records under "failing" and "failed"."""
-        gone = self.ids.keys() & map(key, task_ids)
+    def take(self, task_ids: Iterable[str]) -> dict[str, Fields]:
+        """Remove pending orders, in each spelling, and their records. Returns their fields by `key`."""
+        gone = {same: self.orders.pop(self.ids.pop(same)) for same in self.ids.keys() & map(key, task_ids)}
         if not gone:
-            return
-        for same in gone:
-            del self.orders[self.ids.pop(same)]
+            return gone
         for place in (self.data.get("failing", {}), self.data.get("failed", {}), self.items):
             if isinstance(place, list):
                 place[:] = [item for item in place if key(_entry(item)[0] or "") not in gone]
@@ -237,19 +235,18 @@ class Store:
                 for name in [name for name in place if key(name) in gone]:
                     del place[name]
         self.changed = True
+        return gone
 
     def fail(self, failures: Mapping[str, tuple[int | None, str]]) -> None:
         """Move pending orders to "failed", with the HTTP status and the error text."""
-        records = {}
+        taken = self.take(failures)
         for task_id, (status, error) in failures.items():
-            if key(task_id) in self.ids:
-                fields = self.orders[self.ids[key(task_id)]]
-                own = {name: fields[name] for name in RECORD if name in fields}
+            if key(task_id) in taken:
+                fields = taken[key(task_id)]
                 record = fields | {"status": status, "error": error, "failed": stamp()}
-                records[task_id] = record | ({"order": own} if own else {})
-        self.take(records)
-        if records:
-            self.data.setdefault("failed", {}).update(records)
+                if own := {name: fields[name] for name in RECORD if name in fields}:
+                    record["order"] = own
+                self.data.setdefault("failed", {})[task_id] = record
 
     def retry(self, task_id: str) -> None:
         """Make a failed order pending again, with all of its own fields."""
@@ -259,9 +256,8 @@ class Store:
         if isinstance(own, dict) and own and own.keys() <= set(RECORD):  # moved there by `fail`
             del fields["order"]
             fields |= own
-        fields |= self.orders.get(self.ids.get(key(task_id), task_id), {})
-        self.take([task_id])
-        self.put(task_id, fields)
+        pending = self.take([task_id]).get(key(task_id), {})
+        self.put(task_id, fields | pending)
 
     def set_failing(self, records: Fields) -> None:
         """Replace the records under "failing". Entries that are not objects stay: a person typed them."""
@@ -363,7 +359,7 @@ class File:
         raise (Busy if young else DatabaseError)(self.problem)
 
 
-def change(file: File, edit: Callable[[Store], None]) -> Store:
+def change(file: File, edit: Callable[[Store], object]) -> Store:
     """The only way to change the file: lock, read, `edit`, write a new one, rename it over the old one.
 
     If `edit` changes nothing, nothing is written. Raises DatabaseError; Busy if it may help to try again.
@@ -776,7 +772,7 @@ def _real(path: Path | None) -> Path:
         raise DatabaseError(f"DATABASE {error}") from None
 
 
-def edit(path: Path, how: Callable[[Store], None]) -> Store:
+def edit(path: Path, how: Callable[[Store], object]) -> Store:
     """`change` for other programs; it waits while an editor saves the file or the lock is taken."""
     file = File(path)
     return _patiently(lambda: change(file, how), PATIENCE)
