@@ -337,7 +337,7 @@ class File:
         try:
             with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
                 seen, raw = version(file.fileno()), file.read()
-            note = version(beside(self.path, "lock"))
+            lock_file = version(beside(self.path, "lock"))
         except OSError as error:
             self.seen = ()
             how = advice(error, self.path)
@@ -345,7 +345,7 @@ class File:
         if seen != self.seen:
             self.seen, self.since, self.problem = seen, time.monotonic(), ""
         if not seen:  # some editors rename a file away before they write the new one
-            if not self.existed and not (note and note[2]):  # see `change`
+            if not self.existed and not (lock_file and lock_file[2]):  # see `change`
                 return Store(b'{"orders": {}, "failed": {}}')
             self.problem = f"{self.path} is missing. {PUT_BACK}"
         self.existed = True
@@ -516,17 +516,18 @@ class Deliveries:
 
     LINE = re.compile(rb"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) (%b) (.+)\n" % TASK_ID.pattern.encode(), re.M)
 
-    def __init__(self, database: Path) -> None:
+    def __init__(self, database: Path, read: bool = True) -> None:
         self.database, self.path = database, beside(database, "delivered")
         self.ids: dict[str, str] = {}  # `key` of a delivered order to "<UTC> <file name>"
         self.again: set[str] = set()  # `key` of each order to deliver again
         self.file: Version = None  # device and inode of what was read: a new file is read from the start
         self.end = 0  # the offset up to which it was read
         self.writable = False  # whether it can be written, as far as is known
-        self.refresh()
+        if read:
+            self.refresh()
 
     def refresh(self) -> None:
-        """Read what was appended since; if that fails, log it once and continue without it."""
+        """Read what was appended since. Raises DatabaseError."""
         try:
             now = version(self.path)
             if self.file and not now:
@@ -541,7 +542,8 @@ class Deliveries:
                 self.end += data.rfind(b"\n") + 1
                 self._understand(data)
         except OSError as error:
-            warn_once(f"cannot read {self.path}: {error.strerror}. So some deliveries are not known.")
+            how = advice(error, self.path)
+            raise DatabaseError(f"cannot read {self.path}: {error.strerror}. {how}") from None
 
     def _understand(self, lines: bytes) -> None:
         for when, task_id, name in self.LINE.findall(lines):
@@ -581,7 +583,9 @@ class Deliveries:
         self._understand(content)  # not read back: that could fail, and the order would be delivered twice
 
     def shorten(self) -> None:
-        """Keep the newest KEPT lines."""
+        """Keep the newest KEPT lines if more than twice as many orders are listed."""
+        if len(self.ids) <= 2 * KEPT:
+            return
         try:
             with lock(self.database, PATIENCE):
                 lines = self.path.read_bytes().splitlines(keepends=True)
@@ -618,7 +622,7 @@ class Database:
     """
 
     def __init__(self, path: Path, check_writable: bool) -> None:
-        self.file, self.deliveries = File(path), Deliveries(path)
+        self.file, self.deliveries = File(path), Deliveries(path, read=False)
         self.deliveries.writable = not check_writable
         self.failing: dict[str, Fields] = {}  # the records of rejected orders, as the file should have them
         self.loaded = False  # whether the file was ever read
@@ -675,7 +679,8 @@ class Database:
 
     def _prepare(self) -> None:
         """At the start, shorten the list, and see whether it can be written: ON_DONE waits for that."""
-        if not self.loaded and len(self.deliveries.ids) > 2 * KEPT:
+        if not self.loaded:
+            self.deliveries.refresh()
             self.deliveries.shorten()
         if not self._unwritten.delivered and not self.deliveries.writable:
             with lock(self.file.path, BRIEFLY if self.loaded else PATIENCE):
@@ -726,7 +731,11 @@ class Database:
 
     def _edit(self, store: Store) -> None:
         """Take out the orders that have ended, and set "failing"."""
-        self.deliveries.refresh()  # after reading the file: `retry` writes the list first, then the file
+        try:  # after reading the file: `retry` writes the list first, then the file
+            self.deliveries.refresh()
+        except DatabaseError:
+            self.file.seen = ()  # so that the file is read again
+            raise
         listed = {store.ids[name] for name in store.ids.keys() & self.deliveries.ids.keys()}
         if again := listed - self._unwritten.listed:
             what = f"{again.pop()} was" if len(again) == 1 else f"{len(again)} orders were"
@@ -826,13 +835,13 @@ def retry_orders(
 
     def again(store: Store) -> None:
         failed, deliveries = store.failed, Deliveries(path)
-        names = filter(is_task_id, failed)
+        names, before = filter(is_task_id, failed), set(map(key, moved))  # before: an editor saved meanwhile
         if task_id is None:
             moved[:] = [name for name in names if str(failed[name].get("failed", "")) >= first]
         else:
             moved[:] = [name for name in names if key(name) == key(task_id)]
             interrupted = deliveries.again - store.ids.keys()  # an earlier retry only came as far as the list
-            if not moved and key(task_id) in deliveries.ids.keys() | interrupted:
+            if not moved and key(task_id) in deliveries.ids.keys() | interrupted | before:
                 moved.append(task_id)
         if listed := {name: "-" for name in moved if key(name) in deliveries.ids}:
             deliveries.add(listed)  # before it is pending, else the poller would remove it
