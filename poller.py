@@ -130,7 +130,7 @@ REQUIRED = ("SERVER_ID", "SERVER_SECRET", "BASEURL", "ENVIRONMENT")
 def load_settings() -> SimpleNamespace:
     """The settings in READERS, each under its name in lower case, and `grafx`, the client that uses them.
 
-    Raises SettingsError with everything that is wrong.
+    Raises SettingsError with everything that is wrong; DatabaseError if `.env` cannot be read.
     """
     wrong: list[str] = []
     found: dict[str, Any] = {}
@@ -142,8 +142,6 @@ def load_settings() -> SimpleNamespace:
             given["SERVER_SECRET"] = db.beside_code(secret_file).read_text("utf-8-sig").strip()
             if not given["SERVER_SECRET"]:
                 raise ValueError("it is empty: write the secret into it")
-    except db.DatabaseError as error:
-        raise SettingsError(str(error)) from None
     except (OSError, ValueError) as error:  # ValueError: also if it is not UTF-8
         raise SettingsError(f"SERVER_SECRET_FILE: {error}") from None
     if not set(REQUIRED) & given.keys() and not db.env_file().exists():
@@ -818,12 +816,11 @@ class Poller:
             self.hook.run(order, file)
         return file
 
-    def handle_results(self, seconds: float | None = None) -> None:
+    def handle_results(self) -> None:
         """Wait for a result, at most until the next order or report is due; then handle all results."""
-        if seconds is None:
-            seconds, now = self.status.screen.pause, time.monotonic()
-            if self.token.issued and len(self.polling) < self.settings.concurrency:
-                seconds = min(seconds, max(self.next_due() - now, self.outage.pause()))
+        seconds = self.status.screen.pause if self.exit_code is None else 0.0
+        if self.token.issued and len(self.polling) < self.settings.concurrency:
+            seconds = min(seconds, max(self.next_due() - time.monotonic(), self.outage.pause()))
         with contextlib.suppress(queue.Empty):
             while True:
                 if future := self.results.get(timeout=max(0.0, seconds)):
@@ -968,8 +965,8 @@ class Poller:
         if hook:
             self.clear(order)
         if self.exit_code is not None:
-            pass
-        elif error.shared:
+            return
+        if error.shared:
             self.outage.begin(error)
         else:
             pause = backoff(order.times, self.settings.poll_interval)
@@ -986,7 +983,7 @@ class Poller:
         self.hook.stop()
         self.on_failed.stop()
         wait(self.polling, 0.5 if self.hook.words else 0.05)
-        self.handle_results(0.0)
+        self.handle_results()
         self.judge()
         unwritten = self.database.flush(10.0 if self.settings.once else 1.0)
         for order, _ in self.on_failed.failures:
@@ -1100,22 +1097,17 @@ def check(settings: SimpleNamespace) -> int:
     def database() -> str:
         store = db.rewrite(settings.database)
         prepare_folder(settings.database.parent)
-        good = store.orders.keys() - store.failing.keys()
-        pending.extend(task_id for task_id in store.orders if task_id in (good or store.orders))
+        good = [task_id for task_id in store.orders if task_id not in store.failing]
+        pending.extend(good or store.orders)
         counts = f"{len(good)} pending, {len(store.orders) - len(good)} rejected"
         return f"{settings.database}: {counts}, {len(store.failed)} failed"
-
-    def poll() -> str:
-        if not settings.grafx.token.issued:
-            raise chili.TryAgainLater("not tried: there is no token")
-        return chili.check_environment(settings.grafx, pending[-1] if pending else None)
 
     steps: dict[str, Callable[[], Any]] = {
         "settings": sources,
         "database": database,
         "folder": lambda: prepare_folder(settings.orders_dir),
         "token": lambda: settings.grafx.token.get() and f"{settings.token_url} gave a token",
-        "GraFx": poll,
+        "GraFx": lambda: chili.check_environment(settings.grafx, pending[-1] if pending else None),
     }
     for name, step in steps.items():
         try:
@@ -1175,7 +1167,7 @@ def main() -> int:
         settings = load_settings()
         settings.once = given.once
         return check(settings) if given.check else run(settings, screen)
-    except SettingsError as error:
+    except (SettingsError, db.DatabaseError) as error:
         for line in str(error).splitlines():
             if given.check:
                 print(f"WRONG settings: {line}", flush=True)
