@@ -1031,15 +1031,15 @@ class Status:
         self.ready_by = time.monotonic() + 30.0  # READY=1 is sent by then at the latest
 
     def report(self, poller: Poller) -> None:
-        now = time.monotonic()
+        now, orders = time.monotonic(), poller.orders.values()
         if now < self.due:
             return
         if self.screen.gone():
             poller.exit_code = 1
         self.due = now + self.screen.pause
         if not poller.settings.once:  # with `once`, `judge` reports
-            poller.evidence.report(poller.orders.values())
-        states = Counter(order.doing for order in poller.orders.values())
+            poller.evidence.report(orders)
+        states = Counter(order.doing for order in orders)
         counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
         whom, problem, due = self.problem(poller)
         if (note := ": ".join(filter(None, (whom, problem)))) != self.note:
@@ -1047,16 +1047,15 @@ class Status:
             for file in poller.claim.locks.values():
                 db.note(file, note)
         when = f" in {max(0.0, due - now):.0f} s" if due < NEVER else ""
-        wrong = ", ".join(filter(None, (whom, f"retry{when}: {problem}"))) if problem else ""
-        tried = poller.claim.complete and (poller.token.issued or bool(poller.outage.error))
-        ready = now >= self.ready_by or tried  # systemd waits until the credentials were tried
-        state = "; ".join(filter(None, (wrong, counts or "idle, 0 pending", self.last)))
-        state += time.strftime(" (%H:%M:%S)")
-        notify("READY=1\n" * ready + f"WATCHDOG=1\nSTATUS={state}")  # WATCHDOG=1 stops if the loop hangs
-        polled = [order for order in poller.polling.values() if order and order.download]
-        loading = [f"{order.task_id[:8]} {order.download}" for order in polled]
+        wrong = [", ".join(filter(None, (whom, f"retry{when}: {problem}")))] if problem else []
         following = f"next poll{when}" if when and not wrong else ""
-        self.screen.show(" | ".join(filter(None, (wrong, *loading, counts, following, self.last))))
+        said = list(filter(None, (counts or "idle, 0 pending", following, self.last)))
+        loading = [f"{order.task_id[:8]} {order.download}" for order in orders if order.download]
+        self.screen.show(" | ".join(wrong + loading + said))
+        tried = poller.claim.complete and (poller.token.issued or poller.outage.error)
+        ready = "READY=1\n" if tried or now >= self.ready_by else ""  # once the credentials were tried
+        state = "; ".join(wrong + said) + time.strftime(" (%H:%M:%S)")
+        notify(f"{ready}WATCHDOG=1\nSTATUS={state}")  # without WATCHDOG=1, systemd ends a loop that hangs
 
     def stalled(self, orders: Iterable[Order | None]) -> list[str]:
         """Log what hangs, once as a warning and once as an error. Returns the texts."""
@@ -1074,10 +1073,9 @@ class Status:
         error, pause = poller.outage.error, poller.outage.pause()
         if pause or (error and poller.polling):  # else no order is left that could end it
             whom, reasons = "paused", [str(error or "rate limited by GraFx")]
-            due = time.monotonic() + pause if pause else due
+            due = time.monotonic() + pause
         reasons += filter(None, (poller.database.problem, poller.evidence.problem))
-        orders = poller.orders.values()
-        stuck = [order for order in orders if order.problem and order.state in ("retrying", WAITING)]
+        stuck = [order for order in poller.orders.values() if order.problem and order.state != "rejected"]
         if stuck and not reasons:
             due = min(order.due for order in stuck)
             worst = max(stuck, key=lambda order: order.times)
