@@ -228,18 +228,18 @@ class Claim:
 
         Raises Busy if another poller has one; DatabaseError, CannotWrite if a disk is missing.
         """
-        self.look, first = time.monotonic() + db.LOOK, not self.complete
+        self.look = time.monotonic() + db.LOOK
         self.lock(db.beside(self.database, "pid"), f"a poller for {self.database} is already running")
-        if first:
+        if not self.complete:
             prepare_folder(self.folder)
         try:  # else a poller of another database could remove this one's partial downloads
             busy = f"another poller writes to {self.folder}: give each its own ORDERS_DIR"
             self.lock(self.folder / ".poller.pid", busy)
         except db.DatabaseError as error:
-            if isinstance(error, db.Busy) or not first:
+            if self.complete or isinstance(error, db.Busy):
                 raise
             db.warn_once(f"{error} Two pollers with this folder would not be noticed.")
-        if first:
+        if not self.complete:
             chili.remove_leftovers(self.folder)  # no other poller writes here now
             self.complete = True
 
@@ -352,7 +352,7 @@ def notify(state: str) -> None:
 def duration(seconds: float) -> str:
     """Format seconds, such as "4.7 s", "12 min" or "3.5 h"."""
     if seconds < 100:
-        return f"{seconds:.1f}".removesuffix(".0") + " s"
+        return f"{round(seconds, 1):g} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
@@ -729,13 +729,11 @@ class Poller:
             del self.orders[task_id]
         if first:
             return
-        for task_ids, what in ((new, "added"), (gone, "removed from the file")):
-            if len(task_ids) > 5:
-                log.info("%d orders %s", len(task_ids), what)
-                continue
-            for task_id in task_ids:
-                project = self.orders[task_id].project if task_id in new else ""
-                log.info("%s %s%s", task_id, what, in_project(project))
+        added = [f"{task_id} added{in_project(self.orders[task_id].project)}" for task_id in new]
+        removed = [f"{task_id} removed from the file" for task_id in gone]
+        for lines, what in ((added, "orders added"), (removed, "orders removed from the file")):
+            for line in lines if len(lines) <= 5 else [f"{len(lines)} {what}"]:
+                log.info("%s", line)
 
     def add(self, task_id: str, fields: db.Fields) -> None:
         """Add an order from the file; if an earlier process saw it rejected, that time still counts."""
@@ -881,18 +879,16 @@ class Poller:
         outage that began before its poll, unless it affects all orders; a file that was on the disk says
         nothing. Only a new file shows that the disk is writable.
         """
-        rejected = error if isinstance(error, chili.TaskRejected) else None
         here = file or isinstance(error, HookFailed)
-        shared = isinstance(error, chili.TryAgainLater) and error.shared
-        answered = came or not (here or shared)
+        answered = came or not (here or getattr(error, "shared", False))
         fine = came if isinstance(self.outage.error, CannotWrite) else answered
         over = fine and order.polled >= self.outage.since and self.outage.end()
         if came:
             self.evidence.last_file = time.monotonic()
-        if came or not (file or error) or (rejected and rejected.own_reason):
+        if came or not (file or error) or getattr(error, "own_reason", False):
             over = self.evidence.good() or over
-        elif rejected:
-            self.evidence.bad(order, rejected)
+        elif isinstance(error, chili.TaskRejected):
+            self.evidence.bad(order, error)
         return over
 
     def delivered(self, order: Order, file: Path) -> None:
