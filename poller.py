@@ -699,21 +699,17 @@ class Poller:
 
     def prepare(self) -> bool:
         """Whether this is the only poller here. If a disk is not there yet, wait for it."""
-        claim, first = self.claim, not self.claim.complete
-        if time.monotonic() < claim.look or (first and self.outage.pause() > 0):
-            return claim.complete
-        try:
-            claim.take()
-            if first:
-                self.outage.end()
-        except db.Busy as error:
-            log.error("%s", error)
-            self.exit_code = 1
-            return False
-        except (db.DatabaseError, chili.TryAgainLater, OSError) as error:
-            if first:
-                self.outage.begin(error)
-        return claim.complete
+        if time.monotonic() >= self.claim.look:
+            try:
+                self.claim.take()
+            except db.Busy as error:
+                log.error("%s", error)
+                self.exit_code = 1
+                return False
+            except (db.DatabaseError, chili.TryAgainLater, OSError) as error:
+                if not self.claim.complete:  # the first token ends this outage
+                    self.outage.begin(error)
+        return self.claim.complete
 
     def sync_orders(self) -> None:
         """Write the results; apply which orders others added to the file or removed from it."""
