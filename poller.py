@@ -378,7 +378,7 @@ class Order:
     state: str = "new"  # rendering, rejected, retrying, waiting for ON_DONE, delivered, failed
     since: float = 0.0  # when it entered this state
     times: int = 0  # consecutive polls that ended in this state
-    problem: str = ""
+    problem: str = ""  # why it could not be polled or delivered
     due: float = 0.0  # when to poll it next; infinity while it is being polled
     polled: float = 0.0  # when the last poll began
     handled: float = 0.0  # when the result of the last poll was handled
@@ -480,7 +480,7 @@ class Evidence:
         self.last_file = 0.0  # when the last complete file came
         self.answered = False  # whether any poll ever got a good answer
         self.since = NEVER  # since when none has; NEVER: the last answer was good
-        self.error: chili.TaskRejected | None = None  # the last rejection that may concern all orders
+        self.error = chili.TaskRejected("", None)  # the last rejection that may concern all orders
         self.problem, self.level = "", 0  # what was logged, and with which level
         self.ended = -NEVER  # when the last logged problem ended
         self.unjudged: list[tuple[Order, chili.TaskRejected]] = []  # with `once`, for `judge`
@@ -505,14 +505,14 @@ class Evidence:
         """If no poll has got a good answer for a minute, log that; after ALARM, log it again as an error."""
         if time.monotonic() >= self.since + MINUTE:
             rejected = [order for order in orders if order.rejected_since and order.polled >= self.since]
-            if rejected and self.error:
-                self.say(rejected, self.error)
+            if rejected:
+                self.say(len(rejected))
             else:  # they have failed, or were removed
                 self.problem = ""
                 self.good()
 
-    def say(self, rejected: list[Order], error: chili.TaskRejected) -> None:
-        number, status = len(rejected), error.status
+    def say(self, number: int) -> None:
+        error, status = self.error, self.error.status
         whom = {1: "the only order", 2: "both orders"}.get(number, f"all {number} orders")
         what = f"{status} without a file to {whom} ({error})" if status == 200 else f"{status} to {whom}"
         self.problem = f"GraFx answers {what}: check ENVIRONMENT and the integration's permissions"
@@ -843,8 +843,9 @@ class Poller:
 
     def handle_order(self, order: Order, file: Path | None, error: BaseException | None) -> None:
         """Handle the result of an order's poll: its file, an error, or neither."""
-        came = order.size > 0 and (error is None or isinstance(error, HookFailed))
-        over = self.learn(order, file, error, came)
+        here = file is not None or isinstance(error, HookFailed)
+        came = here and order.size > 0
+        over = self.learn(order, error, here, came)
         if self.settings.once:  # it was polled; it stays in database.json
             self.orders.pop(order.task_id, None)
         if order.age > FORGOTTEN and not file:
@@ -868,20 +869,19 @@ class Poller:
                 if waiting and order.handled + pause < waiting.due < NEVER:
                     self.requeue(waiting, pause)
 
-    def learn(self, order: Order, file: Path | None, error: BaseException | None, came: bool) -> bool:
+    def learn(self, order: Order, error: BaseException | None, here: bool, came: bool) -> bool:
         """Note what a poll shows about GraFx and the disk. Returns whether a problem with them has ended.
 
         A 202, a 204, a new file and a rejection for its own reason come from GraFx itself. Any answer ends an
         outage that began before its poll, unless it affects all orders; a file that was on the disk says
         nothing. Only a new file shows that the disk is writable.
         """
-        here = file or isinstance(error, HookFailed)
         answered = came or not (here or getattr(error, "shared", False))
         fine = came if isinstance(self.outage.error, CannotWrite) else answered
         over = fine and order.polled >= self.outage.since and self.outage.end()
         if came:
             self.evidence.last_file = time.monotonic()
-        if came or not (file or error) or getattr(error, "own_reason", False):
+        if came or not (here or error) or getattr(error, "own_reason", False):
             over = self.evidence.good() or over
         elif isinstance(error, chili.TaskRejected):
             self.evidence.bad(order, error)
@@ -914,7 +914,7 @@ class Poller:
         """GraFx rejected the order. It fails after enough rejections that count, and GIVE_UP_AFTER."""
         now, first = time.monotonic(), not order.rejected_since
         order.rejected_since = order.rejected_since or now
-        order.enter("rejected", str(error))
+        order.enter("rejected")
         # What may concern all orders counts only if another order's file came since this order's last poll.
         counts = error.own_reason or self.evidence.last_file > order.handled
         order.rejections += counts
@@ -1000,7 +1000,7 @@ class Poller:
             self.rejected(order, error)
             self.status.results[order.state] += 1
         if unjudged and not self.evidence.answered:
-            self.evidence.say([order for order, _ in unjudged], unjudged[-1][1])
+            self.evidence.say(len(unjudged))
 
 
 def forgotten(error: BaseException | None) -> BaseException | None:
@@ -1067,7 +1067,7 @@ class Status:
             whom, reasons = "paused", [str(error or "rate limited by GraFx")]
             due = time.monotonic() + pause
         reasons += filter(None, (poller.database.problem, poller.evidence.problem))
-        stuck = [order for order in poller.orders.values() if order.problem and order.state != "rejected"]
+        stuck = [order for order in poller.orders.values() if order.problem]
         if stuck and not reasons:
             due = min(order.due for order in stuck)
             worst = max(stuck, key=lambda order: order.times)
