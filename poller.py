@@ -275,7 +275,7 @@ class OnceAMinute(logging.Filter):
 class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # not generic in 3.10
     """The log on stderr: in a terminal with a live line below it, under systemd with the journal's levels.
 
-    A queue feeds a separate thread, so that a full pipe or Ctrl-S delays neither a delivery nor a stop.
+    It is written in a thread, so that a full pipe or Ctrl-S delays neither a delivery nor a stop.
     """
 
     def __init__(self, verbose: bool) -> None:
@@ -322,8 +322,8 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # not generic in
             if line[: width - 1] == self.drawn:
                 return
             self.drawn = line[: width - 1]
-            # ?7l, ?7h: no wrapping, even if some characters are two columns wide. The cursor returns to the
-            # start, so that the whole line is erased, even after ^C or if a narrower terminal wrapped it.
+            # ?7l, ?7h: no wrapping, even of characters that are two columns wide. The cursor returns to the
+            # start, so that all of the line is erased, even after ^C or in a terminal made narrower.
             self.stream.write(f"\r\x1b[J\x1b[?7l{self.drawn}\x1b[?7h\r")
             self.stream.flush()
 
@@ -470,10 +470,9 @@ class Outage:
 
 
 class Evidence:
-    """Decides whether GraFx rejects one order or all of them. Times are monotonic seconds.
+    """Decides whether GraFx rejects one order or all, as in maintenance. Times are monotonic seconds.
 
-    A 404 may be a maintenance page, or come from a wrong ENVIRONMENT. So it counts against its order only
-    if another order's file came meanwhile. If no poll gets a good answer for a minute, that is logged.
+    Such a rejection counts against its order only if another order's file came meanwhile.
     """
 
     def __init__(self) -> None:
@@ -625,13 +624,10 @@ class OnFailed(Hook):
 
 
 def signal_session(leader: int, how: int) -> None:
-    """Signal a hook and everything it started, in any process group: proc(5), field 6 is the session.
-
-    The session keeps the hook's process id while any of them lives, even after the hook itself has ended.
-    """
+    """Signal a hook and everything it started. While any of that lives, its session has the hook's id."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, how)  # the only way without /proc
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for stat in Path("/proc").glob("[0-9]*/stat"):  # proc(5): field 6 is the session
         with contextlib.suppress(OSError):
             if stat.read_text(errors="replace").rpartition(")")[2].split()[3] == str(leader):
                 os.kill(int(stat.parent.name), how)
@@ -643,9 +639,8 @@ def signal_session(leader: int, how: int) -> None:
 class Poller:
     """The poll loop, with one method for each result.
 
-    All state belongs to the loop's thread, but for the progress of an order while a thread polls it.
-    A pending order is in `orders`, and either in `queue` until it is due or in `polling` while a thread polls
-    it. An order that has ended is a result in `database` until it is written.
+    All state belongs to the loop's thread, but for the progress of an order while a thread polls it. A
+    pending order is in `orders`, and in `queue` or `polling`. One that has ended is a result in `database`.
     """
 
     def __init__(self, settings: SimpleNamespace, screen: Screen) -> None:
@@ -740,13 +735,11 @@ class Poller:
         now, project = time.monotonic(), chili.sanitize(fields.get("projectID") or "")
         order = Order(task_id, project, epoch(fields.get("added")), now, handled=now)
         if record := self.database.failing.get(task_id):
-            # `since` may be missing, or in the future if the clock was set back: then it counts from now.
-            order.state, since = "rejected", epoch(record.get("since"))
+            order.state, since, times = "rejected", epoch(record.get("since")), record.get("times")
             order.added = min(order.added, since)  # if the file does not say when it was added
-            order.rejected_since = min(now, now - time.time() + since)
-            times = record.get("times")
-            # The daemon starts the count again, since it does not write each rejection to the file.
-            order.rejections = times if self.settings.once and isinstance(times, int) else 0
+            order.rejected_since = min(now, now - time.time() + since)  # at most now, whatever `since` says
+            if self.settings.once and isinstance(times, int):  # the daemon does not write each rejection
+                order.rejections = times
         if chili.find_file(self.settings.orders_dir, task_id):
             order.state = WAITING
         self.orders[task_id] = order
@@ -872,9 +865,8 @@ class Poller:
     def learn(self, order: Order, error: BaseException | None, here: bool, came: bool) -> bool:
         """Note what a poll shows about GraFx and the disk. Returns whether a problem with them has ended.
 
-        A 202, a 204, a new file and a rejection for its own reason come from GraFx itself. Any answer ends an
-        outage that began before its poll, unless it affects all orders; a file that was on the disk says
-        nothing. Only a new file shows that the disk is writable.
+        Any answer ends an outage that began before its poll, unless it affects all orders. A file that was
+        here before says nothing; only a new one, which `came`, shows that the disk is writable.
         """
         answered = came or not (here or getattr(error, "shared", False))
         fine = came if isinstance(self.outage.error, CannotWrite) else answered
@@ -901,8 +893,7 @@ class Poller:
         """202 or 204: GraFx is rendering the order."""
         order.enter("rendering")
         self.clear(order)
-        # So a finished file is noticed after at most a quarter of its render time, or 2 s if that is longer,
-        # and an order that renders for an hour is not polled 1,800 times.
+        # So a file is noticed after a quarter of its render time at most, with few polls of a long one.
         self.requeue(order, min(self.settings.poll_interval, max(SHORTEST_PAUSE, order.age / 4)))
 
     def clear(self, order: Order) -> None:
