@@ -133,7 +133,7 @@ def load_settings() -> SimpleNamespace:
     Raises SettingsError with everything that is wrong; DatabaseError if `.env` cannot be read.
     """
     wrong: list[str] = []
-    found: dict[str, Any] = {}
+    settings = SimpleNamespace()
     try:
         given = db.settings(NAMES)
         if secret_file := given.get("SERVER_SECRET_FILE"):
@@ -152,13 +152,12 @@ def load_settings() -> SimpleNamespace:
         try:
             if name in REQUIRED and not given.get(name):
                 raise ValueError(f"is missing: put {default} into {db.env_file()} or the environment")
-            found[name.lower()] = read(given.get(name, default))
+            setattr(settings, name.lower(), read(given.get(name, default)))
         except ValueError as error:
             wrong.append(f"{name} {error}")
     if wrong:
         raise SettingsError("\n".join(wrong))
     warn_about_env(given)
-    settings = SimpleNamespace(**found)
     credentials = settings.token_url, settings.server_id, settings.server_secret
     settings.grafx = chili.GraFx(settings.baseurl, settings.environment, *credentials)
     return settings
@@ -432,13 +431,13 @@ class Outage:
 
     def __init__(self, longest: float) -> None:
         self.longest = longest  # the most seconds between two tries
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.since = self.until = 0.0  # when it began; when to try again
         self.said: set[str] = set()  # what was logged about it
         self.quiet = 0.0  # until when a new outage is not logged
         self.limited = 0.0  # until when Retry-After forbids requests
 
-    def begin(self, error: Exception) -> None:
+    def begin(self, error: BaseException) -> None:
         """Start the outage, or note that it continues."""
         now = time.monotonic()
         # Without any try for so long, the last one has ended unnoticed: perhaps its only order was removed.
@@ -567,9 +566,8 @@ class Hook:
         """Run a command; end it at its timeout, or when the poller stops. Returns what is wrong, else ""."""
         if self.stopping:
             return "was not run, because the poller is stopping"
-        null = subprocess.DEVNULL
         process = subprocess.Popen(  # noqa: S603 - no shell, and the user set the command
-            words, env=env, stdin=null, stdout=output, stderr=output, start_new_session=True
+            words, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
         deadline, why = time.monotonic() + self.timeout, ""
         try:
@@ -821,18 +819,18 @@ class Poller:
             what = order.task_id if order else "the token:"
             retry_log.error("%s unexpected error, please report it", what, exc_info=error)
             error = chili.TryAgainLater(f"unexpected {type(error).__name__}")
-        if isinstance(error, chili.CredentialsRejected) and not self.token.issued:
-            log.error("%s", error)
-            self.exit_code = os.EX_CONFIG
         if isinstance(error, chili.TryAgainLater) and error.retry_after:
             retry_log.warning("rate limited: Retry-After %.0f s", error.retry_after)
             self.outage.limited = max(self.outage.limited, time.monotonic() + error.retry_after)
         if order:
             self.handle_order(order, None if error else future.result(), error)
-        elif not error:
-            self.outage.end()
-        elif isinstance(error, chili.TryAgainLater) and self.exit_code is None:
+        elif isinstance(error, chili.CredentialsRejected):
+            log.error("%s", error)
+            self.exit_code = os.EX_CONFIG
+        elif error:
             self.outage.begin(error)
+        else:
+            self.outage.end()
 
     def handle_order(self, order: Order, file: Path | None, error: BaseException | None) -> None:
         """Handle the result of an order's poll: its file, an error, or neither."""
