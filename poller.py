@@ -839,7 +839,7 @@ class Poller:
         over = self.learn(order, error, here, came)
         if self.settings.once:  # it was polled; it stays in database.json
             self.orders.pop(order.task_id, None)
-        if order.age > FORGOTTEN and not file:
+        if order.age > FORGOTTEN and not here:
             error = forgotten(error)
         if isinstance(error, chili.TaskRejected):
             if self.settings.once and not error.own_reason:
@@ -994,8 +994,7 @@ class Poller:
 
 def forgotten(error: BaseException | None) -> BaseException | None:
     """The error to use instead of a poll's own, for an order older than FORGOTTEN."""
-    another = isinstance(error, HookFailed) or getattr(error, "shared", False)
-    if another or getattr(error, "own_reason", False):
+    if getattr(error, "shared", False) or getattr(error, "own_reason", False):
         return error
     text = f"not finished after 7 days, when GraFx forgets a task; last answer: {error or 204}"
     return chili.TaskRejected(text, getattr(error, "status", None if error else 204), own_reason=True)
