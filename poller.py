@@ -310,7 +310,6 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # not generic in
         self.draw(self.live)
 
     def show(self, line: str) -> None:
-        """Replace the live line."""
         self.live = line
         if self.terminal and self.queue.empty():  # else the next record draws it
             self.queue.put_nowait(logging.makeLogRecord({"redraw": True}))
@@ -469,10 +468,7 @@ class Outage:
 
 
 class Evidence:
-    """Decides whether GraFx rejects one order or all, as in maintenance. Times are monotonic seconds.
-
-    Such a rejection counts against its order only if another order's file came meanwhile.
-    """
+    """Decides whether GraFx rejects one order or all, as in maintenance. Times are monotonic seconds."""
 
     def __init__(self) -> None:
         self.last_file = 0.0  # when the last complete file came
@@ -675,9 +671,8 @@ class Poller:
 
     def is_done(self) -> bool:
         """With `once`: whether to stop. It does not wait for an outage to end or a database to be fixed."""
-        if self.polling or self.on_failed.running:
-            return False
-        if self.on_failed.failures and not self.database.problem:
+        hooks = self.on_failed.running or (self.on_failed.failures and not self.database.problem)
+        if self.polling or hooks:
             return False
         if self.outage.error or self.outage.pause() > 0:
             return True
@@ -918,9 +913,8 @@ class Poller:
         if first:
             until = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
             until += ", then it fails" if error.own_reason else " or later"
-            said = str(error).rstrip(".")
             text = "%s rejected by GraFx: %s%s; retrying until %s"
-            retry_log.warning(text, order.task_id, said, in_project(order.project), until)
+            retry_log.warning(text, order.task_id, str(error).rstrip("."), in_project(order.project), until)
         noted = self.database.failing.get(order.task_id)
         if self.settings.once or not noted or noted.get("status") != error.status:
             seconds = round(time.time() - now + order.rejected_since)
