@@ -145,9 +145,8 @@ def load_settings() -> SimpleNamespace:
     except (OSError, ValueError) as error:  # ValueError: also if it is not UTF-8
         raise SettingsError(f"SERVER_SECRET_FILE: {error}") from None
     if not set(REQUIRED) & given.keys() and not db.env_file().exists():
-        raise SettingsError(
-            f"no settings yet: in {db.HERE}, cp .env.example .env, and fill in its four lines"
-        )
+        how = f"in {db.HERE}, cp .env.example .env, and fill in its four lines"
+        raise SettingsError(f"no settings yet: {how}")
     for name, read, default in READERS:
         try:
             if name in REQUIRED and not given.get(name):
@@ -195,7 +194,7 @@ class CannotWrite(chili.TryAgainLater):
 def disk_error(folder: Path, error: OSError) -> chili.TryAgainLater:
     """The error to raise: CannotWrite, unless another file can be written; then it concerns one order."""
     text = f"cannot write to {folder}: {error.strerror}. {db.advice(error, folder)}"
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder):
             return chili.TryAgainLater(text)
     return CannotWrite(text, shared=True)
