@@ -865,7 +865,7 @@ class Poller:
         over = fine and order.polled >= self.outage.since and self.outage.end()
         if came:
             self.evidence.last_file = time.monotonic()
-        if came or not (here or error) or getattr(error, "own_reason", False):
+        if came or not (here or error) or getattr(error, "own_reason", False):  # from GraFx itself
             over = self.evidence.good() or over
         elif isinstance(error, chili.TaskRejected):
             self.evidence.bad(order, error)
