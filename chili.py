@@ -206,7 +206,7 @@ def pieces(response: requests.Response) -> Iterator[bytes]:
         raise NotUnderstood("the answer has neither a Content-Length nor chunks, so it may be incomplete")
     began, came = time.monotonic(), 0
     try:
-        start = [raw.read(2)]
+        start = [raw.read(2)]  # to see whether it is gzip
 
         def arrived(size: int) -> bytes:
             return start.pop() if start else raw.read1(size)
@@ -345,7 +345,7 @@ class DangerousToken(AuthBase):
                     self._fetch()
             finally:
                 self._lock.release()
-        if began >= max(self._renew, self._ends):
+        if began >= max(self._renew, self._ends):  # nobody has tried since
             raise TryAgainLater(f"no token: {self.url} has not answered yet", shared=True)
         if isinstance(result := self._result, TryAgainLater):
             raise result

@@ -320,7 +320,7 @@ class File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seen: Version = ()  # its version when it was last read
+        self.seen: Version = ()  # its version when it was last read; None: missing, (): to be read again
         self.since = 0.0  # when that version was first seen; monotonic, since clocks jump
         self.problem = ""  # with that version: a broken file is parsed again only when it has changed
         self.existed = False  # whether it was ever read
@@ -363,6 +363,7 @@ def change(file: File, edit: Callable[[Store], object]) -> Store:
     """The only way to change the file: lock, read, `edit`, write a new one, rename it over the old one.
 
     If `edit` changes nothing, nothing is written. Raises DatabaseError; Busy if it may help to try again.
+    Then `edit` may have been called, and is called again.
     """
     path = file.path
     with lock(path) as held:
@@ -604,7 +605,7 @@ class _Unwritten:
     delivered: dict[str, str] = field(default_factory=dict)  # task id to file name, not listed yet
     listed: set[str] = field(default_factory=set)  # in the list, to be removed from the file
     failed: dict[str, tuple[int | None, str]] = field(default_factory=dict)
-    other: bool = False  # whether anything else has to change in the file
+    other: bool = False  # whether anything else in the file must change, such as "failing"
     pause: float = 0.0  # when the file may be written again, in monotonic seconds
 
     def ended(self) -> set[str]:

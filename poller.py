@@ -108,6 +108,7 @@ def command(text: str) -> list[str]:
 
 
 # A setting's name; how it is read; its default, or, if it is REQUIRED, a description for the error text.
+# Each is also in README.md and .env.example; a secret is in HIDDEN, a command in `db.settings`, too.
 READERS: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     ("SERVER_ID", str, "the integration's client id"),
     ("SERVER_SECRET", str, "the integration's client secret"),
@@ -467,7 +468,11 @@ class Outage:
 
 
 class Evidence:
-    """Decides whether GraFx rejects one order or all, as in maintenance. Times are monotonic seconds."""
+    """Decides whether GraFx rejects one order or all of them. Times are monotonic seconds.
+
+    A 404 may be a maintenance page, or come from a wrong ENVIRONMENT. So it counts against its order only
+    if another order's file came meanwhile. If no poll gets a good answer for a minute, that is logged.
+    """
 
     def __init__(self) -> None:
         self.last_file = 0.0  # when the last complete file came
@@ -494,9 +499,9 @@ class Evidence:
         if self.since == NEVER and not reported:  # an order is not reported twice
             self.since = order.polled
 
-    def report(self, orders: Iterable[Order]) -> None:
-        """If no poll has got a good answer for a minute, log that; after ALARM, log it again as an error."""
-        if time.monotonic() >= self.since + MINUTE:
+    def report(self, orders: Iterable[Order], patience: float) -> None:
+        """If no poll got a good answer for `patience` seconds, log that; after ALARM, as an error."""
+        if time.monotonic() >= self.since + patience:
             rejected = [order for order in orders if order.rejected_since and order.polled >= self.since]
             if rejected:
                 self.say(len(rejected))
@@ -548,7 +553,7 @@ class Hook:
                 output.seek(max(0, output.seek(0, os.SEEK_END) - 10_000))
                 text = output.read().decode(errors="replace")
         except (OSError, ValueError) as error:  # e.g. no space for its output
-            raise HookFailed(f"{self.name} cannot be run: {error}") from None
+            raise HookFailed(f"{self.name}: {error}") from None
         finally:
             self.running.discard(order)
         lines = list(filter(None, map(chili.sanitize, text.splitlines())))[-10:]
@@ -604,7 +609,7 @@ class OnFailed(Hook):
     def run_for_all(self) -> None:
         """Queue it for each of `failures`; they are in `running` from now on."""
         for order, error in self.failures:
-            self.running.add(order)
+            self.running.add(order)  # so that `is_done` waits for it
             self.pool.submit(self.run_once, order, error)
         self.failures = []
 
@@ -659,7 +664,7 @@ class Poller:
         """Poll until a signal, or with `once` until each order was polled. Returns the exit code."""
         while True:
             if self.settings.once and self.is_done():
-                self.judge()
+                self.judge()  # then orders that failed must be written, and ON_FAILED run
             if self.exit_code is not None or (self.settings.once and self.is_done()):
                 return self.stop()
             if self.prepare():
@@ -797,7 +802,7 @@ class Poller:
 
     def handle_results(self) -> None:
         """Wait for a result, at most until the next order or report is due; then handle all results."""
-        seconds = self.status.screen.pause if self.exit_code is None else 0.0
+        seconds = self.status.screen.pause
         if self.token.issued and len(self.polling) < self.settings.concurrency:
             seconds = min(seconds, max(self.next_due() - time.monotonic(), self.outage.pause()))
         with contextlib.suppress(queue.Empty):
@@ -829,7 +834,7 @@ class Poller:
     def handle_order(self, order: Order, file: Path | None, error: BaseException | None) -> None:
         """Handle the result of an order's poll: its file, an error, or neither."""
         here = file is not None or isinstance(error, HookFailed)
-        came = here and order.size > 0
+        came = here and order.size > 0  # this poll downloaded it, even if ON_DONE failed then
         over = self.learn(order, error, here, came)
         if self.settings.once:  # it was polled; it stays in database.json
             self.orders.pop(order.task_id, None)
@@ -956,8 +961,8 @@ class Poller:
         self.exit_code = self.exit_code or 0
         self.hook.stop()
         self.on_failed.stop()
-        wait(self.polling, 0.5 if self.hook.words else 0.05)
-        self.handle_results()
+        for future in wait(self.polling, 0.5 if self.hook.words else 0.05).done:
+            self.handle(self.polling.pop(future), future)
         self.judge()
         unwritten = self.database.flush(10.0 if self.settings.once else 1.0)
         for order, _ in self.on_failed.failures:
@@ -1011,7 +1016,7 @@ class Status:
             poller.exit_code = 1
         self.due = now + self.screen.pause
         if not poller.settings.once:  # with `once`, `judge` reports
-            poller.evidence.report(orders)
+            poller.evidence.report(orders, max(MINUTE, poller.settings.poll_interval))
         states = Counter(order.doing for order in orders)
         counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
         whom, problem, due = self.problem(poller)
@@ -1071,14 +1076,20 @@ def check(settings: SimpleNamespace) -> int:
         good = [task_id for task_id in store.orders if task_id not in store.failing]
         pending.extend(good or store.orders)
         counts = f"{len(good)} pending, {len(store.orders) - len(good)} rejected"
-        return f"{settings.database}: {counts}, {len(store.failed)} failed"
+        delivered = len(db.Deliveries(settings.database).ids)
+        return f"{settings.database}: {counts}, {len(store.failed)} failed, {delivered} delivered"
+
+    def poll() -> str:
+        if not settings.grafx.token.issued:
+            raise chili.TryAgainLater("not tried: there is no token")
+        return chili.check_environment(settings.grafx, pending[-1] if pending else None)
 
     steps: dict[str, Callable[[], Any]] = {
         "settings": sources,
         "database": database,
         "folder": lambda: prepare_folder(settings.orders_dir),
         "token": lambda: settings.grafx.token.get() and f"{settings.token_url} gave a token",
-        "GraFx": lambda: chili.check_environment(settings.grafx, pending[-1] if pending else None),
+        "GraFx": poll,
     }
     for name, step in steps.items():
         try:

@@ -140,7 +140,7 @@ def test_one_that_fails_is_retried_after_growing_pauses_without_a_second_downloa
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert all(pause >= least for pause, least in zip(pauses, (0.1, 0.2, 0.3), strict=False)), pauses
     desk.command("", interpreter="/no/such/program")
-    running.says(f"{task_id} ON_DONE cannot be run: .*No such file.*; retrying in")
+    running.says(f"{task_id} ON_DONE: .*No such file.*; retrying in")
     assert list(home.waiting()) == [task_id]
     desk.command(ENDED)
     desk.removed()

@@ -241,6 +241,13 @@ def test_what_was_said_of_a_dead_order_is_not_said_again(home: Home) -> None:
     eventually(lambda: "GraFx answers" not in home.db("list").stdout)
 
 
+def test_it_is_not_said_of_all_orders_before_the_others_are_due(home: Home) -> None:
+    home.wait_for(DEAD, home.grafx.add("never"))
+    daemon = home.start(before=f"{QUICK}; poller.MINUTE = 0.1", POLL_INTERVAL="60")
+    eventually(lambda: times(home, DEAD) > 4)
+    assert "GraFx answers" not in daemon.log()
+
+
 def test_a_404_counts_only_where_another_file_came_since_the_previous_poll(home: Home) -> None:
     """It fails with so many as UNPROVEN says, here 3. That other orders render is no evidence."""
     home.wait_for(DEAD, home.grafx.add("never"))
