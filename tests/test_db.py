@@ -230,16 +230,6 @@ def test_a_database_that_is_missing_is_an_error_where_there_was_one(path: Path) 
     assert db.add_order(C, path=path)
 
 
-def test_a_lock_that_is_a_link_is_not_followed(path: Path) -> None:
-    """Root may call in a folder that is another user's."""
-    victim = path.with_name("victim")
-    victim.write_text("precious")
-    path.with_name(f".{path.name}.lock").symlink_to(victim)
-    with pytest.raises(db.DatabaseError, match=r"It is a symbolic link: replace it with a file\."):
-        db.add_order("a", path=path)
-    assert victim.read_text() == "precious"
-
-
 def test_a_retry_that_was_interrupted_or_begun_anew_is_not_lost(path: Path) -> None:
     """The list says "again" before the file has the order; in between the file may not be writable."""
     db.Deliveries(path).add({"a": "a.png"})

@@ -177,6 +177,20 @@ def test_without_the_list_it_works_and_says_so_once(desk: Desk) -> None:
     assert listed(desk) == {first: 1}
 
 
+def test_while_the_list_cannot_be_read_nothing_is_polled_and_nothing_leaves(desk: Desk) -> None:
+    home, (task_id,) = desk.home, desk.orders(1)
+    assert home.run("--once").process.returncode == 0
+    desk.list.rename(away := home.folder / "away")
+    desk.list.symlink_to(desk.list)
+    home.wait_for(task_id)
+    running = home.start(before=QUICK)
+    running.says(f"ERROR +cannot read {desk.list}: ")
+    away.replace(desk.list)
+    running.says(f"recovered: cannot read {desk.list}: ")
+    desk.removed()
+    assert desk.runs() == {task_id: 1}
+
+
 def test_rubbish_in_the_list_is_ignored(desk: Desk) -> None:
     """So is a last line that was cut off, as by a power cut before its fsync; the next one stands apart."""
     home, (first, second) = desk.home, desk.orders(2)
