@@ -826,10 +826,10 @@ class Poller:
         elif isinstance(error, chili.CredentialsRejected):
             log.error("%s", error)
             self.exit_code = os.EX_CONFIG
-        elif error:
-            self.outage.begin(error)
-        else:
+        elif not error:
             self.outage.end()
+        elif self.exit_code is None:
+            self.outage.begin(error)
 
     def handle_order(self, order: Order, file: Path | None, error: BaseException | None) -> None:
         """Handle the result of an order's poll: its file, an error, or neither."""
