@@ -172,6 +172,7 @@ def test_in_an_outage_it_runs_for_a_file_that_is_here(desk: Desk) -> None:
     desk.begun(len(desk.lines("begun")) + 2)  # the second one in the outage, whenever the first one began
     desk.command(ENDED)
     running.says(rf"{task_id} delivered to .* \(downloaded before, ")
+    assert "resumed" not in running.log()
     assert desk.runs() == desk.downloads() == {task_id: 1}
 
 

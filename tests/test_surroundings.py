@@ -227,10 +227,12 @@ def test_the_next_outage_is_not_the_one_whose_only_order_was_removed(home: Home)
     poller.says("0 pending")
     home.orders.rename(home.folder / "away")
     for number in (1, 2):
-        home.wait_for(home.grafx.add())
+        home.wait_for(home.grafx.add(), renders := home.grafx.add("never"))
         eventually(lambda number=number: poller.log().count("WARNING paused: cannot write to ") == number)
+        eventually(lambda renders=renders: len(home.grafx.asked("task", renders)) > 3)
         home.wait_for()
         time.sleep(1.0)  # longer than ALARM
+    assert "resumed" not in poller.log()  # a 204 says nothing about the disk
 
 
 def test_a_connection_is_not_used_for_ever(home: Home) -> None:
