@@ -283,13 +283,14 @@ class Pace:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._between = 0.0  # seconds between two requests
-        self._last = self._slowed = 0.0  # monotonic: when the last request may be sent; the last slowdown
+        self._next = self._slowed = 0.0  # monotonic: when the next request may be sent; the last slowdown
 
     def wait(self) -> float:
         """Wait for this thread's turn. Returns the time at which the wait began, in monotonic seconds."""
         with self._lock:
             now = time.monotonic()
-            turn = self._last = max(now, self._last + self._between)
+            turn = max(now, self._next)
+            self._next = turn + self._between
         if turn > now:
             time.sleep(turn - now)
         return now

@@ -336,7 +336,9 @@ class File:
         seen, raw = None, b""
         try:
             with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
-                seen, raw = version(file.fileno()), file.read()
+                seen = version(file.fileno())
+                if seen != self.seen or not self.problem:
+                    raw = file.read()
             lock_file = version(beside(self.path, "lock"))
         except OSError as error:
             self.seen = ()
@@ -654,13 +656,15 @@ class Database:
         """Whether every failed order is under "failed" in the file."""
         return not self._unwritten.failed
 
-    def sync(self, known: Collection[str] = ()) -> tuple[dict[str, Fields], set[str]]:
+    def sync(self, known: Collection[str] = (), idle: bool = True) -> tuple[dict[str, Fields], set[str]]:
         """List deliveries at once; each LOOK write the other results, and read what others changed.
 
         known: the pending orders that the loop has. Returns those it lacks, and those that were removed.
+        idle: nothing else is under way, so that results need not wait for others.
         """
         now = time.monotonic()
-        if now < self._look:
+        at_once = idle and self._unwritten and not self.problem
+        if now < self._look and not at_once:
             if not self.problem:
                 with contextlib.suppress(DatabaseError):  # the next look reports it
                     self._list()

@@ -706,7 +706,8 @@ class Poller:
     def sync_orders(self) -> None:
         """Write the results; apply which orders others added to the file or removed from it."""
         first = not self.database.loaded
-        new, gone = self.database.sync(self.orders)
+        idle = not self.polling and self.next_due() > time.monotonic()
+        new, gone = self.database.sync(self.orders, idle)
         if self.database.failures_written:  # else it could run twice for an order not yet under "failed"
             self.on_failed.run_for_all()
         if self.settings.once and not first:
@@ -1004,6 +1005,8 @@ class Status:
     def __init__(self, screen: Screen) -> None:
         self.screen = screen
         self.results: Counter[str] = Counter()  # the states in which polls ended
+        self.states: Counter[str] = Counter()  # the orders' states, as they were counted last
+        self.counted = (-1, 0)  # then: the number of results and of orders
         self.last = self.note = ""  # the last delivery; what `db.py list` shows
         self.due = 0.0  # when the next report is due
         self.ready_by = time.monotonic() + 30.0  # READY=1 is sent by then at the latest
@@ -1017,7 +1020,10 @@ class Status:
         self.due = now + self.screen.pause
         if not poller.settings.once:  # with `once`, `judge` reports
             poller.evidence.report(orders, max(MINUTE, poller.settings.poll_interval))
-        states = Counter(order.doing for order in orders)
+        version = self.results.total(), len(orders)
+        if poller.polling or version != self.counted:  # not each second: there may be 20,000 orders
+            self.states, self.counted = Counter(order.doing for order in orders), version
+        states = self.states
         counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
         whom, problem, due = self.problem(poller)
         if (note := ": ".join(filter(None, (whom, problem)))) != self.note:
@@ -1028,7 +1034,8 @@ class Status:
         wrong = [", ".join(filter(None, (whom, f"retry{when}: {problem}")))] if problem else []
         following = f"next poll{when}" if when and not wrong else ""
         said = list(filter(None, (counts or "idle, 0 pending", following, self.last)))
-        loading = [f"{order.task_id[:8]} {order.download}" for order in orders if order.download]
+        polled = [order for order in poller.polling.values() if order and order.download]
+        loading = [f"{order.task_id[:8]} {order.download}" for order in polled]
         self.screen.show(" | ".join(wrong + loading + said))
         tried = poller.claim.complete and (poller.token.issued or poller.outage.error)
         ready = "READY=1\n" if tried or now >= self.ready_by else ""  # once the credentials were tried
@@ -1053,8 +1060,10 @@ class Status:
             whom, reasons = "paused", [str(error or "rate limited by GraFx")]
             due = time.monotonic() + pause
         reasons += filter(None, (poller.database.problem, poller.evidence.problem))
-        stuck = [order for order in poller.orders.values() if order.problem]
-        if stuck and not reasons:
+        stuck = []
+        if not reasons and (self.states["retrying"] or self.states[WAITING]):
+            stuck = [order for order in poller.orders.values() if order.problem]
+        if stuck:
             due = min(order.due for order in stuck)
             worst = max(stuck, key=lambda order: order.times)
             whom, reasons = plural(len(stuck), "order"), [worst.problem]
