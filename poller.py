@@ -505,9 +505,8 @@ class Evidence:
             rejected = [order for order in orders if order.rejected_since and order.polled >= self.since]
             if rejected:
                 self.say(len(rejected))
-            else:  # they have failed, or were removed
-                self.problem = ""
-                self.good()
+            else:  # they have failed, or were removed: nothing has resumed
+                self.problem, self.level, self.since = "", 0, NEVER
 
     def say(self, number: int) -> None:
         error, status = self.error, self.error.status
@@ -1168,7 +1167,9 @@ def main() -> int:
     except OSError as error:  # e.g. from printing in --check
         log.error("%s", error)
         return 1
-    except RuntimeError as error:  # a thread could not be started
+    except RuntimeError as error:
+        if "thread" not in str(error):
+            raise
         log.error("%s. Raise the limit (ulimit -u, systemd's TasksMax=).", error)
         return 1
     finally:

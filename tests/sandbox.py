@@ -4,13 +4,6 @@ As a program, to see the poller work without a CHILI account:
 
     python tests/sandbox.py            runs the real poller against a sandbox with ten orders
     python tests/sandbox.py --serve    only serves; prints settings for a .env and how to place an order
-
-As a library, in tests:
-
-    with Sandbox() as grafx:
-        task = grafx.add("png", after=1.5)                  # renders for 1.5 seconds
-        grafx.fault("download", "reset", task_id=task)      # its first download ends in a reset
-        run_something(env=grafx.settings(folder))
 """
 
 from __future__ import annotations

@@ -161,6 +161,11 @@ def test_mode_and_symbolic_link_are_kept(tmp_path: Path) -> None:
     assert json.loads(real.read_text())["orders"] == [B]
     assert stat.S_IMODE(real.stat().st_mode) == 0o640
     assert [file.name for file in link.parent.iterdir()] == ["database.json"]
+    db.beside(real, "lock").unlink()
+    db.beside(real, "lock").symlink_to(real)  # not followed: root may call in another user's folder
+    with pytest.raises(db.DatabaseError, match=r"It is a symbolic link: replace it with a file\."):
+        db.remove_order(B, link)
+    assert json.loads(real.read_text())["orders"] == [B]
 
 
 def test_a_killed_writer_leaves_nothing_that_the_next_write_does_not_take_over(path: Path) -> None:

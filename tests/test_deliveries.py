@@ -26,9 +26,14 @@ def line(task_id: str, name: str = "x.png") -> str:
     return f"{NOON} {task_id} {name}\n"
 
 
-def test_a_list_that_was_made_shorter_is_read_anew(deliveries: db.Deliveries) -> None:
-    deliveries.add({"a": "a.png", "b": "b.png"})
-    deliveries.path.write_text(line("x"))
+def test_another_list_in_its_place_is_read_anew(deliveries: db.Deliveries) -> None:
+    deliveries.add({"a": "a.png"})
+    edited = deliveries.path.with_name("edited")
+    edited.write_text(line("x") + line("y") + line("z") + line("a"))
+    edited.replace(deliveries.path)
+    deliveries.refresh()
+    assert [*deliveries.ids] == ["x", "y", "z", "a"]
+    deliveries.path.write_text(line("x"))  # shorter
     deliveries.refresh()
     assert [*deliveries.ids] == ["x"]
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -158,14 +159,9 @@ def test_output_that_nobody_takes_is_one_line_and_no_traceback(home: Home, comma
     assert re.fullmatch(r".*No space left on device\n", said.stderr)
 
 
-def socket_pair() -> tuple[int, int]:
-    one, other = socket.socketpair()
-    return one.detach(), other.detach()
-
-
-@pytest.mark.parametrize("pair", [os.pipe, socket_pair])
+@pytest.mark.parametrize("pair", [os.pipe, lambda: [end.detach() for end in socket.socketpair()]])
 def test_where_nobody_can_read_the_log_any_more_it_stops_in_order(
-    home: Home, manager: Manager, pair: Callable[[], tuple[int, int]]
+    home: Home, manager: Manager, pair: Callable[[], Any]
 ) -> None:
     """As after a stop of journald: a service manager starts it anew. Nothing has to be logged for that."""
     home.wait_for(home.grafx.add("never"))

@@ -61,8 +61,8 @@ def test_once_runs_it_for_what_is_judged_at_the_end(home: Home) -> None:
     home.grafx.fault("task", "status-429", task_id=last, retry_after=60)
     orders = {task_id: {} for task_id in (dead, fine, last, "left")}
     home.write({"orders": orders, "failing": {dead: noted(utc(-DAY), 404, 30)}, "failed": {}})
-    home.run("--once", CONCURRENCY="1", ON_FAILED=f"sh -c 'echo $TASK_ID >>{said}'")
-    assert lines(said) == list(home.failed()) == [dead]
+    ended = home.run("--once", CONCURRENCY="1", ON_FAILED=f"sh -c 'echo $TASK_ID >>{said}'")
+    assert (ended.process.returncode, lines(said), list(home.failed())) == (1, [dead], [dead])
 
 
 def test_it_takes_no_thread_of_the_polls_and_ends_with_the_poller(home: Home) -> None:

@@ -159,7 +159,7 @@ def refused(raw: bytes, *changes: Callable[[Path], object]) -> str:
             assert path.read_bytes() == raw
             assert {other.name for other in path.parent.iterdir()} <= {path.name, f".{path.name}.lock"}
     (one,) = said
-    assert re.fullmatch("FILE.+", one)
+    assert re.fullmatch("FILE(:| cannot be saved as JSON:) .+", one)
     return one
 
 
