@@ -205,14 +205,18 @@ def test_an_editor_that_renames_the_file_away_is_waited_for(
 ) -> None:
     """Here it is renamed just before it is written, and so it is read again."""
     for name in ("SAVING", "PATIENCE"):
-        monkeypatch.setattr(db, name, 60.0)  # the timers may be late
+        monkeypatch.setattr(db, name, 60.0)  # the thread may be late
     aside, edits = path.with_name("database.json~"), list[str]()
+
+    def put_back() -> None:
+        with db.lock(path, 60):  # it is free once the file was missed
+            aside.rename(path)
 
     def put(store: db.Store) -> None:
         edits.append("again")
         if len(edits) == 1:
             path.rename(aside)
-            threading.Timer(0.2, aside.rename, [path]).start()
+            threading.Thread(target=put_back).start()
         store.put(B, {})
 
     db.add_order(A, path=path)
