@@ -119,6 +119,21 @@ def test_killed_before_it_ended_or_after_it_was_listed(desk: Desk) -> None:
     assert desk.runs() == listed(desk) == desk.downloads() == dict.fromkeys(tasks, 1)
 
 
+def test_it_is_listed_at_once_even_where_the_file_is_written_later(desk: Desk) -> None:
+    """So that a kill meanwhile does not run ON_DONE again."""
+    home, tasks = desk.home, desk.orders(2)
+    desk.command(f"{HELD}\n{ENDED}")  # one is held, so that the poller is not idle
+    running = home.start(before="db.LOOK = 3600")
+    desk.begun(2)
+    desk.go(tasks[0])
+    eventually(lambda: listed(desk) == {tasks[0]: 1}, "listed")
+    assert [*home.waiting()] == tasks
+    desk.go(tasks[1])
+    desk.removed()
+    assert running.stop() == 0
+    assert desk.runs() == listed(desk) == dict.fromkeys(tasks, 1)
+
+
 def test_killed_between_its_end_and_the_line(desk: Desk) -> None:
     """The poller cannot know: ON_DONE runs again, without a second download, and then no more."""
     home, (task_id,) = desk.home, desk.orders(1)
