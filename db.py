@@ -459,7 +459,7 @@ def _patiently(step: Callable[[], Given], patience: float) -> Given:
         except Busy:
             if time.monotonic() >= deadline:
                 raise
-        time.sleep(0.01)
+        time.sleep(0.001)  # short: who writes again and again frees the lock for a moment only
 
 
 def read(path: Path) -> Store:
