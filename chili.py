@@ -60,6 +60,8 @@ NO_CODING = ("", "identity", "gzip")
 NO_TYPE = ("", "application/octet-stream", "binary/octet-stream")
 NO_TASK = "00000000-0000-0000-0000-000000000000"
 ASP_NET = "An error occurred while processing your request."  # a server error, not about the task
+# RFC 9457's titles if there is no reason.
+PHRASES = ("bad request", "unprocessable entity", "unprocessable content", "internal server error")
 PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
 
 CREDENTIAL_ERRORS = ("invalid_client", "unauthorized_client", "invalid_grant", "access_denied")
@@ -254,7 +256,8 @@ def _words(problem: dict[str, Any]) -> str:
 
 def _is_own_reason(status: int, said: str) -> bool:
     """Whether GraFx gives a reason for this task. A 403 or 404 may concern all tasks, even with a reason."""
-    return status in (400, 422, 500) and said != "" and not said.startswith(ASP_NET)
+    none = said.lower() in ("", *PHRASES) or said.startswith(ASP_NET)
+    return status in (400, 422, 500) and not none
 
 
 def error_for(response: requests.Response, who: str, prefix: str = "") -> TaskRejected | TryAgainLater:

@@ -38,6 +38,7 @@ BRIEFLY = 0.2  # seconds for which the poller's loop waits for another writer
 SHARE = 20  # the poller spends at most 1/SHARE of its time on writing the file
 KEPT = 100_000  # deliveries to keep in the list; it is shortened when it has more than twice as many
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+IGNORED = 'ignored, since it is not an order (write {"taskID": "TASK_ID"}): '
 PUT_BACK = 'Put it back, or start with an empty one: {"orders": {}}'
 # Follow no symbolic link: root may run this in another user's folder.
 OPEN = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
@@ -61,7 +62,7 @@ class Busy(DatabaseError):
 
 def env_file() -> Path:
     """The settings file: GRAFX_ENV_FILE, else `.env` beside this module."""
-    return Path(os.environ.get("GRAFX_ENV_FILE") or HERE / ".env")
+    return HERE / (os.environ.get("GRAFX_ENV_FILE") or ".env")
 
 
 def env_lines() -> list[Binding]:
@@ -173,10 +174,14 @@ class Store:
         except UnicodeDecodeError as error:
             raise ValueError(f"byte {error.start + 1} is not UTF-8") from None
         except json.JSONDecodeError as error:
-            raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+            what = error.msg.removesuffix(" at")  # as in "Invalid control character at"
+            raise ValueError(f"line {error.lineno}, column {error.colno}: {what}") from None
         for name in ("failing", "failed"):
             if not isinstance(data, dict) or not isinstance(data.get(name, {}), dict):
                 raise ValueError('it must be an object, and so must its "failing" and "failed"')
+        for name in data if "orders" not in data else ():
+            if name.lower() in ("order", "orders") or GUID.fullmatch(name):
+                raise ValueError(f'it has no "orders", but {json.dumps(name)}')
         items = data.setdefault("orders", {})
         if isinstance(items, dict) and items.get("dataType") == "Map":
             items = items["value"] if isinstance(items.get("value"), list) else None
@@ -239,11 +244,13 @@ class Store:
 
     def fail(self, failures: Mapping[str, tuple[int | None, str]]) -> None:
         """Move pending orders to "failed", with the HTTP status and the error text."""
-        taken = self.take(failures)
+        before, taken = self.failed, self.take(failures)
         for task_id, (status, error) in failures.items():
             if key(task_id) in taken:
                 fields = taken[key(task_id)]
-                record = fields | {"status": status, "error": error, "failed": stamp()}
+                # An order that had failed and was added again keeps the fields that it had then.
+                record = before.get(task_id, {}) | fields
+                record |= {"status": status, "error": error, "failed": stamp()}
                 if own := {name: fields[name] for name in RECORD if name in fields}:
                     record["order"] = own
                 self.data.setdefault("failed", {})[task_id] = record
@@ -762,7 +769,7 @@ class Database:
             counts = f"{len(new) - len(self.failing)} pending, {len(self.failing)} rejected"
             log.info("%s, %d failed, %d delivered", counts, len(store.failed), len(self.deliveries.ids))
         for entry in store.invalid:
-            warn_once(f"ignored an entry without a valid task id: {entry}")
+            warn_once(IGNORED + entry)
         return new, set(known) - store.orders.keys()
 
 
@@ -888,7 +895,7 @@ def _list(path: Path) -> None:
         if said := beside(path, "pid").read_text().partition(" ")[2].strip():
             print(f"the poller says: {said}")
     for item in store.invalid:
-        print(f"ignored, since it is not an order: {item}")
+        print(f"{IGNORED}{item}")
     first = stamp(datetime.now(timezone.utc) - timedelta(days=1))
     print(f"{sum(said >= first for said in deliveries.ids.values())} delivered in the last 24 hours")
     for task_id, said in [*deliveries.ids.items()][-1:]:

@@ -103,7 +103,8 @@ def command(text: str) -> list[str]:
     if words and "/" in words[0]:
         words[0] = str(db.HERE / words[0])
     if words and not shutil.which(words[0]):
-        raise ValueError(f"names {words[0]}, which cannot be run: install it, or write its full path")
+        how = "install it, write its full path, or chmod +x it"
+        raise ValueError(f"names {words[0]}, which cannot be run: {how}")
     return words
 
 
@@ -143,7 +144,10 @@ def load_settings() -> SimpleNamespace:
             given["SERVER_SECRET"] = db.beside_code(secret_file).read_text("utf-8-sig").strip()
             if not given["SERVER_SECRET"]:
                 raise ValueError("it is empty: write the secret into it")
-    except (OSError, ValueError) as error:  # ValueError: also if it is not UTF-8
+    except OSError as error:  # without its path: perhaps somebody wrote the secret itself there
+        how = "It must be the path of a readable file with the secret."
+        raise SettingsError(f"SERVER_SECRET_FILE cannot be read: {error.strerror}. {how}") from None
+    except ValueError as error:  # also if it is not UTF-8
         raise SettingsError(f"SERVER_SECRET_FILE: {error}") from None
     if not set(REQUIRED) & given.keys() and not db.env_file().exists():
         how = f"in {db.HERE}, cp .env.example .env, and fill in its four lines"
@@ -447,7 +451,8 @@ class Outage:
             self.until = now + min(self.longest, SHORTEST_PAUSE + now - self.since)
         if str(error) not in self.said and now >= self.quiet:
             level = logging.ERROR if isinstance(error, chili.CredentialsRejected) else logging.WARNING
-            log.log(level, "paused: %s; retrying in %s", error, duration(self.until - now))
+            said = str(error).rstrip(".")
+            log.log(level, "paused: %s; retrying in %s", said, duration(self.until - now))
             self.said.add(str(error))
         if "" not in self.said and now >= self.since + ALARM:
             log.error("paused for %s: %s", duration(now - self.since), error)
@@ -566,7 +571,13 @@ class Hook:
         if self.stopping:
             return "was not run, because the poller is stopping"
         process = subprocess.Popen(  # noqa: S603 - no shell, and the user set the command
-            words, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            words,
+            env=env,
+            cwd=db.HERE,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
         deadline, why = time.monotonic() + self.timeout, ""
         try:
@@ -915,7 +926,8 @@ class Poller:
             self.failed(order, error)
             return
         if first:
-            until = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
+            style = "%H:%M:%S" if left < 43200 else "%Y-%m-%d %H:%M"
+            until = time.strftime(style, time.localtime(time.time() + left))
             until += ", then it fails" if error.own_reason else " or later"
             text = "%s rejected by GraFx: %s%s; retrying until %s"
             retry_log.warning(text, order.task_id, str(error).rstrip("."), in_project(order.project), until)
@@ -952,7 +964,8 @@ class Poller:
             text = "%s %s; retrying in %s" if hook else "%s cannot be polled: %s; retrying in %s"
             alarm = order.handled < order.since + ALARM <= time.monotonic()  # once
             level = logging.ERROR if alarm else logging.WARNING
-            retry_log.log(level, text, order.task_id, error, duration(max(pause, self.outage.pause())))
+            said, pauses = str(error).rstrip("."), duration(max(pause, self.outage.pause()))
+            retry_log.log(level, text, order.task_id, said, pauses)
         self.requeue(order, pause)
 
     def stop(self) -> int:
@@ -1083,6 +1096,8 @@ def check(settings: SimpleNamespace) -> int:
         prepare_folder(settings.database.parent)
         good = [task_id for task_id in store.orders if task_id not in store.failing]
         pending.extend(good or store.orders)
+        if store.invalid:
+            raise db.DatabaseError(f"{settings.database}: {db.IGNORED}{store.invalid[0]}")
         counts = f"{len(good)} pending, {len(store.orders) - len(good)} rejected"
         delivered = len(db.Deliveries(settings.database).ids)
         return f"{settings.database}: {counts}, {len(store.failed)} failed, {delivered} delivered"

@@ -172,9 +172,9 @@ def home(tmp_path: Path, grafx: Sandbox) -> Iterator[Home]:
     for running in home.pollers:
         running.process.kill()
         running.process.wait()
-    for process in psutil.process_iter():  # their commands, which have their working folder
+    for process in psutil.process_iter():  # their commands, which have their environment
         with suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and Path(process.cwd()).is_relative_to(tmp_path):
+            if process.environ().get("DATABASE") == str(home.database):
                 process.kill()
 
 

@@ -350,6 +350,13 @@ def test_the_commands_of_db_py(home: Home) -> None:
     assert ended("retry", "--all") == (0, "0 orders will be polled again\n")  # it is no error
     assert (set(home.waiting()), home.failed()) == ({A, B}, {})
 
+    end_orders([], {A: (500, "x")}, home.database)
+    assert ended("add", A) == (0, f"{A} is pending now, in {home.database}\n")
+    end_orders([], {A: (404, "y")}, home.database)
+    record = home.failed()[A]
+    assert (record["projectID"], record["error"]) == ("my-project", "y")
+    home.db("retry", A)
+
     db.Deliveries(home.database).add({"sent": "sent.pdf"})
     code, said = ended("add", "sent")
     assert code == 1
@@ -374,7 +381,7 @@ def test_db_py_lists_orders_in_a_table_and_the_last_delivery(home: Home) -> None
     assert [B, "p2", when] in rows
     assert [A, "p", when, "500", "Invalid value"] in rows
     assert ["f1", "p3", when, "404", "Not Found"] in rows
-    assert 'ignored, since it is not an order: ["no id", {}]' in said
+    assert 'ignored, since it is not an order (write {"taskID": "TASK_ID"}): ["no id", {}]' in said
     assert said.splitlines()[-2] == "2 delivered in the last 24 hours"
     assert re.fullmatch(rf"last delivery: {UTC} {re.escape(C)} {re.escape(C)}\.png", said.splitlines()[-1])
 

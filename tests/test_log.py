@@ -195,11 +195,12 @@ def test_a_loop_that_breaks_ends_at_once_while_threads_hang_and_a_command_runs(h
     home.wait_for(grafx.add(), grafx.add(task_id="hangs"))
     report = "report(*given), 1 / (not poller.os.path.exists('break'))"
     breaks = f"report = poller.Status.report; poller.Status.report = lambda *given: ({report})"
-    daemon = home.start(before=f"{QUICK}; {breaks}", ON_DONE="sh -c 'touch runs; exec sleep 987'")
+    command = f"sh -c 'touch {home.folder}/runs; exec sleep 987'"
+    daemon = home.start(before=f"{QUICK}; {breaks}", ON_DONE=command)
     eventually(lambda: (home.folder / "runs").exists() and grafx.asked("task", "hangs"))
-    (command,) = psutil.Process(daemon.process.pid).children()
+    (runs,) = psutil.Process(daemon.process.pid).children()
     (home.folder / "break").touch()
     assert daemon.process.wait(PATIENCE) == 70  # not after the 987 s of the command
     assert "CRITICAL the poller crashed, please report it\nTraceback" in daemon.log()
     assert "ZeroDivisionError: division by zero\n" in daemon.log()
-    command.wait(PATIENCE)
+    runs.wait(PATIENCE)

@@ -95,13 +95,17 @@ def desk(home: Home) -> Desk:
 
 
 def test_it_is_called_without_a_shell_an_input_or_a_secret(home: Home) -> None:
-    """Its environment is the poller's, without the credentials; what the settings file has is not in it."""
+    """Its environment is the poller's, without the credentials; what the settings file has is not in it.
+
+    Its working folder is that of poller.py, wherever that was started.
+    """
     folder, settings = home.folder / 'it\'s {} "here" $HOME', home.folder / "settings"
     secret = {name: home.env.pop(name) for name in ("SERVER_ID", "SERVER_SECRET")}
     secret |= {"FRONT_ID": "id", "FRONT_SECRET": "secret", "CREDENTIALS_DIRECTORY": "/run/credentials"}
     settings.write_text("".join(f"{name}={value}\n" for name, value in home.env.items()))
     say = "import json, os, sys; "
-    say += "json.dump([sys.argv[1:], {**os.environ}, sys.stdin.read()], open('said', 'w'))"
+    said = home.folder / "said"
+    say += f"json.dump([sys.argv[1:], dict(os.environ), os.getcwd(), sys.stdin.read()], open('{said}', 'w'))"
     words = "'a b' $HOME ; * {} x{}y{} '' \"{ }\""
     ours = {"ON_DONE": f"{shlex.join([sys.executable, '-c', say])} {words}", "ORDERS_DIR": str(folder)}
     ours |= {"PATH": os.environ["PATH"], "OWN": "a b", "GRAFX_ENV_FILE": str(settings)}
@@ -110,13 +114,13 @@ def test_it_is_called_without_a_shell_an_input_or_a_secret(home: Home) -> None:
     ended = subprocess.run(home.command("--once"), env=env, cwd=home.folder, input="own", text=True,
                            capture_output=True, timeout=60)  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    given, environment, read = json.loads((home.folder / "said").read_text())
+    given, environment, where, read = json.loads(said.read_text())
     file = str(folder / f"{task_id}.png")
     wanted = ["a b", "$HOME", ";", "*", "FILE", "xFILEyFILE", "", "{ }"]
     assert given == [word.replace("FILE", file) for word in wanted]
     environment.pop("LC_CTYPE", None)  # Python may set it by itself
     assert environment == {**ours, "TASK_ID": task_id, "PROJECT_ID": "p1", "ORDER_FILE": file}
-    assert read == ""
+    assert (where, read) == (str(ROOT), "")
 
 
 def test_a_wrong_command_is_a_settings_error(home: Home) -> None:

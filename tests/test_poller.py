@@ -313,7 +313,7 @@ def test_entries_that_are_no_task_id_are_warned_about_once_and_left(home: Home) 
     eventually(lambda: home.waiting() == strange)
     home.write({"orders": [*strange, later]})
     eventually(lambda: home.waiting() == strange)
-    assert daemon.log().count("without a valid task id") == len(strange)
+    assert daemon.log().count("ignored, since it is not an order") == len(strange)
     assert {request.task_id for request in home.grafx.requests} == {None, task, later}
     assert home.files() == sorted([f"{task}.png", f"{later}.png"])
 

@@ -202,7 +202,7 @@ def test_what_grafx_sends_does_what_the_table_says(grafx: Sandbox, tmp_path: Pat
     sent = [sent for sent, _ in rows("What happens to an order")]
     renders, _, reason, _, _, again, _ = (re.findall(r"\b\d{3}\b", words) for words in sent)
     for status in (201, 202, 203, 204, 206, 300, 304, *range(400, 432), 451, 499, *range(500, 506), 599):
-        for body in (b'{"title": "A reason"}', b"<p>"):
+        for body in (b'{"title": "A reason"}', b'{"title": "Internal Server Error"}', b"<p>"):
             wanted = "perhaps" if status // 100 == 4 and str(status) not in again else "retried"
             wanted = "rejected" if str(status) in reason and b"A reason" in body else wanted
             wanted = "renders" if str(status) in renders else wanted

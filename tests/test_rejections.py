@@ -50,8 +50,9 @@ def test_from_the_first_rejection_on_it_stands_under_failing_and_stays_pending(h
     task, fine = grafx.add("failed"), grafx.add("never")
     fields = {"projectID": "p-1", "added": utc(-100)}
     home.wait_for(task, DEAD, fine, **fields)
-    daemon = home.start(before=QUICK, POLL_INTERVAL="0.1")
+    daemon = home.start(before=QUICK, POLL_INTERVAL="0.1", GIVE_UP_AFTER="604800")
     eventually(lambda: failing(home).keys() == {task, DEAD} and times(home, task) > 4)
+    daemon.says(rf"{task} rejected .* retrying until \d{{4}}-\d\d-\d\d \d\d:\d\d, then it fails\n")
     home.wait_for(task, fine, **fields)
     eventually(lambda: failing(home).keys() == {task})
     record = failing(home)[task]

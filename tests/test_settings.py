@@ -110,8 +110,20 @@ def test_all_that_is_wrong_or_missing_is_said_at_once(app: Path) -> None:
         "ENVIRONMENT is missing:",
         "POLL_INTERVAL is 'often':",
     ]
+    (app / ".env.two").write_text("DATABASE=two.json")
+    new = run(app, "db.py", "add", "new", GRAFX_ENV_FILE=".env.two")
+    assert new.stdout == f"new is pending now, in {app}/two.json\n"
     place = f"{app}/.env or the environment"
     assert f"BASEURL is missing: put https://ENVIRONMENT.chili-publish.online into {place}\n" in said.stdout
+
+
+def test_a_secret_in_place_of_its_file_is_not_printed(app: Path) -> None:
+    for secret, why in (("hush-hush", "No such file or directory"), ("/", "Is a directory")):
+        said = run(app, "poller.py", "--check", SERVER_SECRET_FILE=secret)
+        assert said.returncode == 78
+        how = "It must be the path of a readable file with the secret."
+        assert said.stdout == f"WRONG settings: SERVER_SECRET_FILE cannot be read: {why}. {how}\n"
+        assert "hush-hush" not in said.stderr
 
 
 # Five good lines, so the next one is the sixth.
@@ -193,6 +205,14 @@ def test_check_of_what_is_not_there_yet_waits_for_no_editor(home: Home) -> None:
         assert ended.process.returncode == 0
         assert "database.json: 0 pending, 0 rejected, 0 failed" in ended.log()
         assert not home.database.exists()
+
+
+def test_check_names_an_entry_that_is_no_order(home: Home) -> None:
+    home.write({"orders": [{"taskId": "one"}, {"taskID": "two"}]})
+    ended = home.run("--check")
+    assert ended.process.returncode == 1
+    how = 'ignored, since it is not an order (write {"taskID": "TASK_ID"}): {"taskId": "one"}'
+    assert f"WRONG database: {home.database}: {how}\n" in ended.log()
 
 
 def test_rejected_credentials_end_it_at_the_start(home: Home) -> None:

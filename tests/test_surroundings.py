@@ -218,7 +218,8 @@ def test_an_error_of_the_disk_makes_all_wait_though_a_small_file_can_be_written(
     strace = find_program("strace", "strace", "a disk that has an error")
     place, fault = str(home.orders / f".{task}.part"), "inject=fsync:error=EIO:when=1"
     poller = start(home, strace, "-D", "-f", "-qq", "-o", os.devnull, "-P", place, "-e", fault)
-    poller.says(f"paused: cannot write to {home.orders}: ")
+    wrong = f"cannot write to {home.orders}: Input/output error"
+    poller.says(rf"paused: {wrong}\. Check its disk; retrying in [\d.]+ s\n")
     poller.says(f"{task} delivered")
 
 
