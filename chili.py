@@ -186,7 +186,8 @@ def send(session: requests.Session, who: str, method: str, url: str, **more: Any
         problem = "requires a user name and a password" if " 407" in reason else problem
         text = f"the proxy {place.hostname}:{place.port} {problem} ({reason})"
         raise TryAgainLater(text, shared=True) from None
-    except (requests.RequestException, HTTPError, OSError, ValueError) as error:
+    except (requests.RequestException, HTTPError, OSError, ValueError, RuntimeError) as error:
+        # RuntimeError: requests reads a redirect's body, and urllib3 minds if its gzip data is incomplete.
         reason = f"({_reason(error)}, {parts.hostname})"
         if error.args and isinstance(error.args[0], MaxRetryError):  # no retries: it did not connect
             raise TryAgainLater(f"{who} is unreachable {reason}", who != DOWNLOAD_SERVER) from None

@@ -392,7 +392,7 @@ def change(file: File, edit: Callable[[Store], object]) -> Store:
 
 def _replace(path: Path, content: bytes, seen: Version) -> Version:
     """Replace `path` atomically; returns its version. Raises DatabaseError; Busy if it is not `seen`."""
-    temp = path.with_name(f".{path.name.removeprefix('.')}.tmp")  # a fixed name: kills leave at most one
+    temp = path.with_name(f".{path.name}.tmp")  # a fixed name: kills leave at most one
     try:
         temp.unlink(missing_ok=True)
         with os.fdopen(_create(temp, path), "wb") as file:
@@ -571,7 +571,7 @@ class Deliveries:
         them, this only checks that the list can be written; it needs the lock, since it truncates the list.
         """
         lines = [f"{stamp()} {task_id} {name}\n" for task_id, name in files.items()] or ["\n"]
-        content = "".join(lines).encode("utf-8", "backslashreplace")
+        content = "".join(lines).encode()
         try:
             with os.fdopen(_open(self.path), "r+b", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -768,7 +768,7 @@ class Database:
             self.loaded = True
             counts = f"{len(new) - len(self.failing)} pending, {len(self.failing)} rejected"
             log.info("%s, %d failed, %d delivered", counts, len(store.failed), len(self.deliveries.ids))
-        for entry in store.invalid:
+        for entry in store.invalid[:20]:
             warn_once(IGNORED + entry)
         return new, set(known) - store.orders.keys()
 
@@ -951,7 +951,7 @@ def main() -> int:
     try:
         _run(given)
         sys.stdout.flush()
-    except (DatabaseError, ValueError, OSError) as error:
+    except (DatabaseError, ValueError, OverflowError, OSError) as error:
         print(f"db.py: {error}", file=sys.stderr)
         return 1
     return 0

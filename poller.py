@@ -269,6 +269,9 @@ class OnceAMinute(logging.Filter):
         if now < self.passed.get(kind, -MINUTE) + MINUTE:
             self.held[kind] += 1
             return False
+        if len(self.passed) > 1000:  # servers may say something new each time, for years
+            self.passed = {kind: when for kind, when in self.passed.items() if now < when + MINUTE}
+            self.held = Counter({kind: self.held[kind] for kind in self.passed})
         self.passed[kind] = now
         if held := self.held.pop(kind, 0):
             record.msg, record.args = f"{text} (and {held} more like it since the last one)", ()
@@ -378,8 +381,8 @@ class Order:
     added: float  # seconds since 1970; infinity if the file does not say
     seen: float  # when this process first saw it
     state: str = "new"  # rendering, rejected, retrying, waiting for ON_DONE, delivered, failed
-    since: float = 0.0  # when it entered this state
-    times: int = 0  # consecutive polls that ended in this state
+    alarm: float = 0.0  # when to log a problem as an error; infinity if it was
+    times: int = 0  # consecutive polls that ended like this
     problem: str = ""  # why it could not be polled or delivered
     due: float = 0.0  # when to poll it next; infinity while it is being polled
     polled: float = 0.0  # when the last poll began
@@ -405,7 +408,9 @@ class Order:
     def enter(self, state: str, problem: str = "") -> None:
         """The only place that changes the state. The back-off depends on `times`."""
         if state != self.state or not self.times:
-            self.since, self.times = time.monotonic(), 0
+            self.alarm = time.monotonic() + ALARM
+            if not {state, self.state} <= {"rejected", "retrying"}:  # these may alternate
+                self.times = 0
         self.state, self.problem, self.times = state, problem, self.times + 1
 
     def progress(self, size: int, total: int | None) -> None:
@@ -688,8 +693,8 @@ class Poller:
         hooks = self.on_failed.running or (self.on_failed.failures and not self.database.problem)
         if self.polling or hooks:
             return False
-        if self.outage.error or self.outage.pause() > 0:
-            return True
+        if self.outage.error or self.outage.pause() > 0:  # a downloaded file does not need GraFx
+            return all(order.state != WAITING for order in self.orders.values())
         if not self.database.loaded:
             return bool(self.database.problem)
         return self.token.issued and not self.orders
@@ -962,8 +967,9 @@ class Poller:
         else:
             pause = backoff(order.times, self.settings.poll_interval)
             text = "%s %s; retrying in %s" if hook else "%s cannot be polled: %s; retrying in %s"
-            alarm = order.handled < order.since + ALARM <= time.monotonic()  # once
-            level = logging.ERROR if alarm else logging.WARNING
+            level = logging.WARNING
+            if time.monotonic() >= order.alarm:
+                order.alarm, level = NEVER, logging.ERROR
             said, pauses = str(error).rstrip("."), duration(max(pause, self.outage.pause()))
             retry_log.log(level, text, order.task_id, said, pauses)
         self.requeue(order, pause)
@@ -1018,7 +1024,7 @@ class Status:
         self.screen = screen
         self.results: Counter[str] = Counter()  # the states in which polls ended
         self.states: Counter[str] = Counter()  # the orders' states, as they were counted last
-        self.counted = (-1, 0)  # then: the number of results and of orders
+        self.counted: tuple[Any, ...] = ()  # then: the number of results and of orders, the file's version
         self.last = self.note = ""  # the last delivery; what `db.py list` shows
         self.due = 0.0  # when the next report is due
         self.ready_by = time.monotonic() + 30.0  # READY=1 is sent by then at the latest
@@ -1032,7 +1038,7 @@ class Status:
         self.due = now + self.screen.pause
         if not poller.settings.once:  # with `once`, `judge` reports
             poller.evidence.report(orders, max(MINUTE, poller.settings.poll_interval))
-        version = self.results.total(), len(orders)
+        version = self.results.total(), len(orders), poller.database.file.seen
         if poller.polling or version != self.counted:  # not each second: there may be 20,000 orders
             self.states, self.counted = Counter(order.doing for order in orders), version
         states = self.states
@@ -1051,7 +1057,7 @@ class Status:
         self.screen.show(" | ".join(wrong + loading + said))
         tried = poller.claim.complete and (poller.token.issued or poller.outage.error)
         ready = "READY=1\n" if tried or now >= self.ready_by else ""  # once the credentials were tried
-        state = "; ".join(wrong + said) + time.strftime(" (%H:%M:%S)")
+        state = "; ".join(wrong + said)[:1000] + time.strftime(" (%H:%M:%S)")  # systemd reads 4 kB
         notify(f"{ready}WATCHDOG=1\nSTATUS={state}")  # without WATCHDOG=1, systemd ends a loop that hangs
 
     def stalled(self, orders: Iterable[Order | None]) -> list[str]:

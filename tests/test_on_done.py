@@ -180,6 +180,16 @@ def test_in_an_outage_it_runs_for_a_file_that_is_here(desk: Desk) -> None:
     assert desk.runs() == desk.downloads() == {task_id: 1}
 
 
+def test_once_in_an_outage_it_runs_for_each_file_that_is_here(desk: Desk) -> None:
+    tasks = desk.orders(5)
+    desk.command("exit 1")
+    assert desk.home.run("--once").process.returncode == 1
+    desk.command(ENDED)
+    desk.grafx.fault("token", "status-503", times=None)
+    assert desk.home.run("--once", CONCURRENCY="1").process.returncode == 0
+    assert desk.runs() == desk.downloads() == dict.fromkeys(tasks, 1)
+
+
 def test_its_last_lines_are_logged_and_the_very_last_is_the_reason(desk: Desk) -> None:
     """Whatever they are, but no secret, and nothing that a terminal takes for a command."""
     home, (task_id,) = desk.home, desk.orders(1)

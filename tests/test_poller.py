@@ -95,7 +95,8 @@ def test_retries_come_after_growing_pauses_or_after_what_grafx_asks_for(home: Ho
     grafx = home.grafx
     grafx.fault("token", "status-502", times=5)
     odd, *others = (grafx.add() for _ in range(20))
-    grafx.fault("task", "status-502", task_id=odd, times=None)
+    for fault in ("status-502", "status-400") * 100:
+        grafx.fault("task", fault, task_id=odd)
     grafx.fault("task", "status-429", task_id=others[9], retry_after=1)
     home.wait_for(odd, *others)
     daemon = home.start(before=f"{QUICK}; poller.SHORTEST_PAUSE = 0.05", CONCURRENCY="1", POLL_INTERVAL="0.2")

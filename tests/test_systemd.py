@@ -47,6 +47,9 @@ def test_systemd_is_told_how_it_stands(home: Home, grafx: Sandbox, manager: Mana
     manager.hears("^STATUS=.*\\b1 downloading\\b")
     home.db("add", grafx.add())
     manager.hears("^STATUS=.*\\b1 downloading\\b.*last delivery .*[0-9] \\([0-9]{2}:[0-9]{2}:[0-9]{2}\\)$")
+    home.write(f'{{"{"k" * 9000}": 1, "{"k" * 9000}": 1}}')
+    manager.hears("^STATUS=.*duplicate key")
+    assert max(len(text) for _, text in manager.told) < 4096  # systemd reads no more
     assert [text for _, text in manager.told if "STATUS=" in text and "WATCHDOG=1\n" not in text] == []
     assert daemon.stop() == 0
     assert manager.lines()[-1] == "STOPPING=1"
