@@ -663,11 +663,11 @@ class Database:
         """Whether every failed order is under "failed" in the file."""
         return not self._unwritten.failed
 
-    def sync(self, known: Collection[str] = (), idle: bool = True) -> tuple[dict[str, Fields], set[str]]:
+    def sync(self, idle: bool = True) -> dict[str, Fields] | None:
         """List deliveries at once; each LOOK write the other results, and read what others changed.
 
-        known: the pending orders that the loop has. Returns those it lacks, and those that were removed.
-        idle: nothing else is under way, so that results need not wait for others.
+        Returns the pending orders if the file was read, else None. idle: nothing else is under way, so that
+        results need not wait for others.
         """
         now = time.monotonic()
         at_once = idle and self._unwritten and not self.problem
@@ -675,7 +675,7 @@ class Database:
             if not self.problem:
                 with contextlib.suppress(DatabaseError):  # the next look reports it
                     self._list()
-            return {}, set()
+            return None
         self._look = now + LOOK
         store, wrong = None, None
         for step in (self._prepare, self._write, self._read):  # each, even if the one before it failed
@@ -687,7 +687,7 @@ class Database:
             self._free = now
         if not busy or now >= self._free + PATIENCE:  # before that, the problem is neither new nor over
             self._report(str(wrong or ""))
-        return self._compare(store, known) if store else ({}, set())
+        return self._pending(store) if store else None
 
     def _prepare(self) -> None:
         """At the start, shorten the list, and see whether it can be written: ON_DONE waits for that."""
@@ -761,16 +761,15 @@ class Database:
         self.failing = {name: record for name, record in records.items() if name in store.orders}
         store.set_failing(self.failing)
 
-    def _compare(self, store: Store, known: Collection[str]) -> tuple[dict[str, Fields], set[str]]:
-        """The orders that the loop lacks, and those that are no longer in the file."""
-        new = {task_id: fields for task_id, fields in store.orders.items() if task_id not in known}
+    def _pending(self, store: Store) -> dict[str, Fields]:
+        """The pending orders; logs how many there are at the start, and what is no order."""
         if not self.loaded:
             self.loaded = True
-            counts = f"{len(new) - len(self.failing)} pending, {len(self.failing)} rejected"
+            counts = f"{len(store.orders) - len(self.failing)} pending, {len(self.failing)} rejected"
             log.info("%s, %d failed, %d delivered", counts, len(store.failed), len(self.deliveries.ids))
         for entry in store.invalid[:20]:
             warn_once(IGNORED + entry)
-        return new, set(known) - store.orders.keys()
+        return store.orders
 
 
 # --- what other programs call ----------------------------------------------------------------

@@ -361,8 +361,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def in_project(project: str) -> str:
-    return f" (project {project})" if project else ""
+def in_project(project: Any) -> str:
+    return f" (project {chili.sanitize(project)})" if project else ""
 
 
 def plural(number: int, what: str) -> str:
@@ -377,9 +377,9 @@ class Order:
     """A pending order. Times are monotonic seconds, except `added`."""
 
     task_id: str
-    project: str
     added: float  # seconds since 1970; infinity if the file does not say
     seen: float  # when this process first saw it
+    project: Any = None  # "projectID" in the file, of any type
     state: str = "new"  # rendering, rejected, retrying, waiting for ON_DONE, delivered, failed
     alarm: float = 0.0  # when to log a problem as an error; infinity if it was
     times: int = 0  # consecutive polls that ended like this
@@ -546,7 +546,8 @@ class Hook:
 
     def run(self, order: Order, file: Path | None = None, **more: str) -> None:
         """Run the hook for an order. Raises HookFailed unless it ends by itself, with 0."""
-        words, more = self.words, {"TASK_ID": order.task_id, "PROJECT_ID": order.project, **more}
+        project = chili.sanitize(order.project or "")
+        words, more = self.words, {"TASK_ID": order.task_id, "PROJECT_ID": project, **more}
         # In bytes, so that the locale's encoding does not matter.
         env = {name: value for name, value in os.environb.items() if name.decode("latin-1") not in HIDDEN}
         env |= {name.encode(): value.encode(errors="replace") for name, value in more.items()}
@@ -719,16 +720,20 @@ class Poller:
         return self.claim.complete
 
     def sync_orders(self) -> None:
-        """Write the results; apply which orders others added to the file or removed from it."""
+        """Write the results; apply what others changed in the file."""
         first = not self.database.loaded
         idle = not self.polling and self.next_due() > time.monotonic()
-        new, gone = self.database.sync(self.orders, idle)
+        pending = self.database.sync(idle)
         if self.database.failures_written:  # else it could run twice for an order not yet under "failed"
             self.on_failed.run_for_all()
-        if self.settings.once and not first:
+        if pending is None or (self.settings.once and not first):
             return
-        for task_id, fields in new.items():
-            self.add(task_id, fields)
+        new = [task_id for task_id in pending if task_id not in self.orders]
+        gone = self.orders.keys() - pending.keys()
+        for task_id in new:
+            self.add(task_id, pending[task_id])
+        for task_id, fields in pending.items():
+            self.orders[task_id].project = fields.get("projectID")
         for task_id in gone:
             del self.orders[task_id]
         if first:
@@ -745,8 +750,8 @@ class Poller:
             if order and db.key(order.task_id) == db.key(task_id):  # removed and re-added during its poll
                 order.task_id, self.orders[task_id] = task_id, order
                 return
-        now, project = time.monotonic(), chili.sanitize(fields.get("projectID") or "")
-        order = Order(task_id, project, epoch(fields.get("added")), now, handled=now)
+        now = time.monotonic()
+        order = Order(task_id, epoch(fields.get("added")), now, handled=now)
         if record := self.database.failing.get(task_id):
             order.state, since, times = "rejected", epoch(record.get("since")), record.get("times")
             order.added = min(order.added, since)  # if the file does not say when it was added
@@ -788,7 +793,7 @@ class Poller:
     def submit(self, order: Order | None) -> None:
         """Let a thread poll an order, or fetch the first token (None). The result comes back in `results`."""
         if order:
-            log.debug("%s polled (project %s)", order.task_id, order.project or "not given")
+            log.debug("%s polled%s", order.task_id, in_project(order.project))
             order.polled = order.last_progress = time.monotonic()
             order.due = NEVER
         future = self.pool.submit(self.poll, order) if order else self.pool.submit(self.token.get)

@@ -190,6 +190,20 @@ def test_once_in_an_outage_it_runs_for_each_file_that_is_here(desk: Desk) -> Non
     assert desk.runs() == desk.downloads() == dict.fromkeys(tasks, 1)
 
 
+def test_a_project_that_is_typed_while_the_order_is_pending_reaches_it(desk: Desk) -> None:
+    home, task, other = desk.home, desk.grafx.add(), desk.grafx.add("never")
+    renders = desk.grafx.fault("task", "status-204", task_id=task, times=None)
+    home.wait_for(task)
+    desk.command('echo "$PROJECT_ID" >>"$FOLDER/ended"')
+    running = home.start(before=QUICK)
+    eventually(lambda: desk.grafx.asked("task", task))
+    home.wait_for(task, other, projectID="p-2")
+    running.says(rf"{other} added \(project p-2\)")
+    desk.grafx.end_fault(renders)
+    running.says(f"{task} delivered")
+    assert desk.runs() == {"p-2": 1}
+
+
 def test_its_last_lines_are_logged_and_the_very_last_is_the_reason(desk: Desk) -> None:
     """Whatever they are, but no secret, and nothing that a terminal takes for a command."""
     home, (task_id,) = desk.home, desk.orders(1)
