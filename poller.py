@@ -1029,7 +1029,7 @@ class Status:
         self.screen = screen
         self.results: Counter[str] = Counter()  # the states in which polls ended
         self.states: Counter[str] = Counter()  # the orders' states, as they were counted last
-        self.counted: tuple[Any, ...] = ()  # then: the number of results and of orders, the file's version
+        self.counted = (-1, 0)  # then: the number of results and of orders
         self.last = self.note = ""  # the last delivery; what `db.py list` shows
         self.due = 0.0  # when the next report is due
         self.ready_by = time.monotonic() + 30.0  # READY=1 is sent by then at the latest
@@ -1043,7 +1043,7 @@ class Status:
         self.due = now + self.screen.pause
         if not poller.settings.once:  # with `once`, `judge` reports
             poller.evidence.report(orders, max(MINUTE, poller.settings.poll_interval))
-        version = self.results.total(), len(orders), poller.database.file.seen
+        version = self.results.total(), len(orders)
         if poller.polling or version != self.counted:  # not each second: there may be 20,000 orders
             self.states, self.counted = Counter(order.doing for order in orders), version
         states = self.states

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import gzip
 import os
 import re
 import socket
@@ -147,6 +148,14 @@ def test_an_answer_may_name_no_task_and_a_relative_link(poll: Client, data: Any)
     value = {"data": data, "links": {"download": f"{GUID}/download"}}
     poll.grafx.fault("task", "other-json", value=value)
     assert poll.delivers(GUID)
+
+
+def test_a_redirect_whose_gzip_body_breaks_off_is_not_understood(poll: Client, wire: Servers) -> None:
+    """requests reads it, although nobody asks for it."""
+    body = gzip.compress(os.urandom(400_000))
+    head = f"Location: /\r\nContent-Encoding: gzip\r\nContent-Length: {len(body)}\r\n\r\n"
+    elsewhere = wire(lambda *_: b"HTTP/1.1 302 Found\r\n" + head.encode() + body[:200_000])
+    assert isinstance(poll.fails(poll.grafx.add(link=f"{elsewhere.url}/file")), chili.NotUnderstood)
 
 
 @pytest.mark.parametrize(("status", "kind"), [(500, LATER), (400, REJECTED), (401, LATER)])

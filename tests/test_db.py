@@ -394,3 +394,5 @@ def test_db_py_retries_by_time(home: Home) -> None:
     assert set(home.waiting()) == {"c"}
     assert home.db("retry", "--since", "2026-01-01T17:00:00+05:00").stdout.startswith("1 ")
     assert (set(home.waiting()), set(home.failed())) == ({"b", "c"}, {"a", "bare"})
+    said = home.db("retry", "--since", "0001-01-01T00:00:00+05:00")
+    assert (said.returncode, said.stderr) == (1, "db.py: date value out of range\n")

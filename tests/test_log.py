@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import re
 import select
@@ -17,6 +18,8 @@ from typing import Any
 import psutil
 import pytest
 from conftest import PATIENCE, QUICK, ROOT, Home, Manager, Running, eventually
+
+import poller
 
 
 def lines(running: Running) -> list[str]:
@@ -91,6 +94,15 @@ def test_a_warning_of_one_kind_is_logged_once_a_minute_and_told_to_everybody(hom
     daemon.stop()
     held_back = re.findall(rf"{warning}(?: \(and (\d+) more .*)?\n", daemon.log())
     assert sum(int(number or 0) for number in held_back) > len(held_back)
+
+
+def test_what_is_logged_once_a_minute_is_remembered_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poller, "MINUTE", 0.0)
+    once = poller.OnceAMinute()
+    for number in range(5000):
+        text = str(number).translate(str.maketrans("0123456789", "abcdefghij"))
+        assert once.filter(logging.makeLogRecord({"msg": text, "levelname": "INFO"}))
+    assert len(once.passed) < 1100
 
 
 def test_an_outage_has_its_begin_and_its_end_in_the_log_and_becomes_an_error(home: Home) -> None:
