@@ -154,7 +154,8 @@ def test_a_redirect_whose_gzip_body_breaks_off_is_not_understood(poll: Client, w
     """requests reads it, although nobody asks for it."""
     body = gzip.compress(os.urandom(400_000))
     head = f"Location: /\r\nContent-Encoding: gzip\r\nContent-Length: {len(body)}\r\n\r\n"
-    elsewhere = wire(lambda *_: b"HTTP/1.1 302 Found\r\n" + head.encode() + body[:200_000])
+    answer = b"HTTP/1.1 302 Found\r\n" + head.encode() + body[:200_000]
+    elsewhere = wire(lambda _, connection: connection.sendall(answer))  # and it closes the connection
     assert isinstance(poll.fails(poll.grafx.add(link=f"{elsewhere.url}/file")), chili.NotUnderstood)
 
 
