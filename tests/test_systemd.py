@@ -40,6 +40,9 @@ def test_systemd_is_told_how_it_stands(home: Home, grafx: Sandbox, manager: Mana
     daemon = home.start(before=QUICK, NOTIFY_SOCKET=manager.address)
     manager.hears("^READY=1$")
     manager.hears(r"^STATUS=paused, retry in \d+ s: .*503.*database\.json: line 1, column 2")
+    home.write(f'{{"{"k" * 9000}": 1, "{"k" * 9000}": 1}}')
+    manager.hears("^STATUS=.*duplicate key")
+    assert max(len(text) for _, text in manager.told) < 4096  # systemd reads no more
     home.wait_for(slow := grafx.add(size=8_000_000))
     grafx.fault("download", "slow", task_id=slow, rate=50_000)
     manager.hears(r"^STATUS=paused, retry in \d+ s: .*503[^;]*; 1 new \([0-9:]+\)$")
@@ -47,9 +50,6 @@ def test_systemd_is_told_how_it_stands(home: Home, grafx: Sandbox, manager: Mana
     manager.hears("^STATUS=.*\\b1 downloading\\b")
     home.db("add", grafx.add())
     manager.hears("^STATUS=.*\\b1 downloading\\b.*last delivery .*[0-9] \\([0-9]{2}:[0-9]{2}:[0-9]{2}\\)$")
-    home.write(f'{{"{"k" * 9000}": 1, "{"k" * 9000}": 1}}')
-    manager.hears("^STATUS=.*duplicate key")
-    assert max(len(text) for _, text in manager.told) < 4096  # systemd reads no more
     assert [text for _, text in manager.told if "STATUS=" in text and "WATCHDOG=1\n" not in text] == []
     assert daemon.stop() == 0
     assert manager.lines()[-1] == "STOPPING=1"
@@ -68,7 +68,7 @@ def test_systemd_is_not_told_ready_where_it_cannot_start(home: Home, manager: Ma
 
 def test_the_journal_gets_levels_and_anything_else_times(home: Home, grafx: Sandbox) -> None:
     """In a terminal that a service started, the variable is that of another stream."""
-    home.wait_for(grafx.add(), "..")
+    home.wait_for(grafx.add(), "..", projectID="p")
     (log := home.folder / "log-0").touch()  # its stderr
     stream = f"{log.stat().st_dev}:{log.stat().st_ino}"
     fails = "chili.order_done = lambda *_: {'one': 1}['two\\nlines']"
