@@ -60,7 +60,7 @@ NO_CODING = ("", "identity", "gzip")
 NO_TYPE = ("", "application/octet-stream", "binary/octet-stream")
 NO_TASK = "00000000-0000-0000-0000-000000000000"
 ASP_NET = "An error occurred while processing your request."  # a server error, not about the task
-# RFC 9457's titles if there is no reason.
+# Titles that only name the status (RFC 9457, section 4.2.1): they give no reason either.
 PHRASES = ("bad request", "unprocessable entity", "unprocessable content", "internal server error")
 PNG_END = b"\0\0\0\0IEND\xaeB\x60\x82"
 
@@ -187,7 +187,7 @@ def send(session: requests.Session, who: str, method: str, url: str, **more: Any
         text = f"the proxy {place.hostname}:{place.port} {problem} ({reason})"
         raise TryAgainLater(text, shared=True) from None
     except (requests.RequestException, HTTPError, OSError, ValueError, RuntimeError) as error:
-        # RuntimeError: requests reads a redirect's body, and urllib3 minds if its gzip data is incomplete.
+        # RuntimeError: requests reads a redirect's body, and this comes if its gzip data breaks off.
         reason = f"({_reason(error)}, {parts.hostname})"
         if error.args and isinstance(error.args[0], MaxRetryError):  # no retries: it did not connect
             raise TryAgainLater(f"{who} is unreachable {reason}", who != DOWNLOAD_SERVER) from None
@@ -257,8 +257,8 @@ def _words(problem: dict[str, Any]) -> str:
 
 def _is_own_reason(status: int, said: str) -> bool:
     """Whether GraFx gives a reason for this task. A 403 or 404 may concern all tasks, even with a reason."""
-    none = said.lower() in ("", *PHRASES) or said.startswith(ASP_NET)
-    return status in (400, 422, 500) and not none
+    generic = said.lower() in ("", *PHRASES) or said.startswith(ASP_NET)
+    return status in (400, 422, 500) and not generic
 
 
 def error_for(response: requests.Response, who: str, prefix: str = "") -> TaskRejected | TryAgainLater:

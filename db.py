@@ -179,9 +179,10 @@ class Store:
         for name in ("failing", "failed"):
             if not isinstance(data, dict) or not isinstance(data.get(name, {}), dict):
                 raise ValueError('it must be an object, and so must its "failing" and "failed"')
-        for name in data if "orders" not in data else ():
-            if name.lower() in ("order", "orders") or GUID.fullmatch(name):
-                raise ValueError(f'it has no "orders", but {json.dumps(name)}')
+        # Else misspelt orders would just not be there.
+        likely = [name for name in data if name.lower() in ("order", "orders") or GUID.fullmatch(name)]
+        if likely and "orders" not in data:
+            raise ValueError(f'it has no "orders", but {json.dumps(likely[0])}')
         items = data.setdefault("orders", {})
         if isinstance(items, dict) and items.get("dataType") == "Map":
             items = items["value"] if isinstance(items.get("value"), list) else None
@@ -687,7 +688,10 @@ class Database:
             self._free = now
         if not busy or now >= self._free + PATIENCE:  # before that, the problem is neither new nor over
             self._report(str(wrong or ""))
-        return self._pending(store) if store else None
+        if not store:
+            return None
+        self._log_content(store)
+        return store.orders
 
     def _prepare(self) -> None:
         """At the start, shorten the list, and see whether it can be written: ON_DONE waits for that."""
@@ -761,15 +765,14 @@ class Database:
         self.failing = {name: record for name, record in records.items() if name in store.orders}
         store.set_failing(self.failing)
 
-    def _pending(self, store: Store) -> dict[str, Fields]:
-        """The pending orders; logs how many there are at the start, and what is no order."""
+    def _log_content(self, store: Store) -> None:
+        """Log how many orders there are at the start, and which entries are no orders."""
         if not self.loaded:
             self.loaded = True
             counts = f"{len(store.orders) - len(self.failing)} pending, {len(self.failing)} rejected"
             log.info("%s, %d failed, %d delivered", counts, len(store.failed), len(self.deliveries.ids))
         for entry in store.invalid[:20]:
             warn_once(IGNORED + entry)
-        return store.orders
 
 
 # --- what other programs call ----------------------------------------------------------------

@@ -269,12 +269,12 @@ class OnceAMinute(logging.Filter):
         if now < self.passed.get(kind, -MINUTE) + MINUTE:
             self.held[kind] += 1
             return False
-        if len(self.passed) > 1000:  # servers may say something new each time, for years
-            self.passed = {kind: when for kind, when in self.passed.items() if now < when + MINUTE}
-            self.held = Counter({kind: self.held[kind] for kind in self.passed})
         self.passed[kind] = now
         if held := self.held.pop(kind, 0):
             record.msg, record.args = f"{text} (and {held} more like it since the last one)", ()
+        if len(self.passed) > 1000:  # servers may say something new each time, for years
+            self.passed = {kind: when for kind, when in self.passed.items() if now < when + MINUTE}
+            self.held = Counter({kind: held for kind, held in self.held.items() if kind in self.passed})
         return True
 
 
@@ -365,6 +365,11 @@ def in_project(project: Any) -> str:
     return f" (project {chili.sanitize(project)})" if project else ""
 
 
+def clause(error: BaseException) -> str:
+    """An error's text, after which the sentence goes on."""
+    return str(error).rstrip(".")
+
+
 def plural(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
@@ -382,7 +387,7 @@ class Order:
     project: Any = None  # "projectID" in the file, of any type
     state: str = "new"  # rendering, rejected, retrying, waiting for ON_DONE, delivered, failed
     alarm: float = 0.0  # when to log a problem as an error; infinity if it was
-    times: int = 0  # consecutive polls that ended like this
+    times: int = 0  # consecutive polls that ended in this state; rejected and retrying count as one
     problem: str = ""  # why it could not be polled or delivered
     due: float = 0.0  # when to poll it next; infinity while it is being polled
     polled: float = 0.0  # when the last poll began
@@ -409,7 +414,7 @@ class Order:
         """The only place that changes the state. The back-off depends on `times`."""
         if state != self.state or not self.times:
             self.alarm = time.monotonic() + ALARM
-            if not {state, self.state} <= {"rejected", "retrying"}:  # these may alternate
+            if not {state, self.state} <= {"rejected", "retrying"}:  # a gateway may alternate between them
                 self.times = 0
         self.state, self.problem, self.times = state, problem, self.times + 1
 
@@ -456,8 +461,7 @@ class Outage:
             self.until = now + min(self.longest, SHORTEST_PAUSE + now - self.since)
         if str(error) not in self.said and now >= self.quiet:
             level = logging.ERROR if isinstance(error, chili.CredentialsRejected) else logging.WARNING
-            said = str(error).rstrip(".")
-            log.log(level, "paused: %s; retrying in %s", said, duration(self.until - now))
+            log.log(level, "paused: %s; retrying in %s", clause(error), duration(self.until - now))
             self.said.add(str(error))
         if "" not in self.said and now >= self.since + ALARM:
             log.error("paused for %s: %s", duration(now - self.since), error)
@@ -940,7 +944,7 @@ class Poller:
             until = time.strftime(style, time.localtime(time.time() + left))
             until += ", then it fails" if error.own_reason else " or later"
             text = "%s rejected by GraFx: %s%s; retrying until %s"
-            retry_log.warning(text, order.task_id, str(error).rstrip("."), in_project(order.project), until)
+            retry_log.warning(text, order.task_id, clause(error), in_project(order.project), until)
         noted = self.database.failing.get(order.task_id)
         if self.settings.once or not noted or noted.get("status") != error.status:
             seconds = round(time.time() - now + order.rejected_since)
@@ -975,8 +979,8 @@ class Poller:
             level = logging.WARNING
             if time.monotonic() >= order.alarm:
                 order.alarm, level = NEVER, logging.ERROR
-            said, pauses = str(error).rstrip("."), duration(max(pause, self.outage.pause()))
-            retry_log.log(level, text, order.task_id, said, pauses)
+            when = duration(max(pause, self.outage.pause()))
+            retry_log.log(level, text, order.task_id, clause(error), when)
         self.requeue(order, pause)
 
     def stop(self) -> int:

@@ -172,7 +172,7 @@ def home(tmp_path: Path, grafx: Sandbox) -> Iterator[Home]:
     for running in home.pollers:
         running.process.kill()
         running.process.wait()
-    for process in psutil.process_iter():  # their commands, which have their environment
+    for process in psutil.process_iter():  # the commands that they started, by their environment
         with suppress(psutil.Error, OSError):
             if process.environ().get("DATABASE") == str(home.database):
                 process.kill()

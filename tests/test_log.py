@@ -96,7 +96,7 @@ def test_a_warning_of_one_kind_is_logged_once_a_minute_and_told_to_everybody(hom
     assert sum(int(number or 0) for number in held_back) > len(held_back)
 
 
-def test_what_is_logged_once_a_minute_is_remembered_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_filter_forgets_a_warning_after_its_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "MINUTE", 0.0)
     once = poller.OnceAMinute()
     for number in range(5000):

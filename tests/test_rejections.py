@@ -250,7 +250,7 @@ def test_it_is_not_said_of_all_orders_before_the_others_are_due(home: Home) -> N
 
 
 def test_a_404_counts_only_where_another_file_came_since_the_previous_poll(home: Home) -> None:
-    """It fails with so many as UNPROVEN says, here 3. That other orders render is no evidence."""
+    """It fails with so many as PERHAPS_LIKE_ALL says, here 3. That other orders render is no evidence."""
     home.wait_for(DEAD, home.grafx.add("never"))
     home.start(before=f"{SOON}; poller.PERHAPS_LIKE_ALL = 3", GIVE_UP_AFTER="0", POLL_INTERVAL="0.1")
     for files in (0, 1, 2):

@@ -75,9 +75,8 @@ def test_the_journal_gets_levels_and_anything_else_times(home: Home, grafx: Sand
     lines = home.run("--once", "-v", before=fails, JOURNAL_STREAM=stream).log().splitlines()
     assert not [line for line in lines if re.match(rf"(?!<[3-7]>)|<.>({TIME}|DEBUG|INFO|WARN|ERR)", line)]
     errors = dict.fromkeys(("unexpected error,", "Traceback", '  File "', "KeyError: "), "<3>")
-    for words, level in (
-        errors | {"not an order": "<4>", "polled 1 order": "<6>", " polled (": "<7>"}
-    ).items():
+    others = {"not an order": "<4>", "polled 1 order": "<6>", " polled (": "<7>"}
+    for words, level in (errors | others).items():
         assert {line[:3] for line in lines if words in line} == {level}, words
     lines = home.run("--once", JOURNAL_STREAM=stream).log().splitlines()
     assert not [line for line in lines if line.startswith("<")]
